@@ -1,0 +1,162 @@
+"""What an architecture says about itself: where a prefix goes and how positions move.
+
+Everything here is plain data. A plugin builds it, the engines act on it; none of these
+classes is meant to be subclassed.
+
+Example:
+    >>> from prefixkit import Site
+    >>> site = Site(path="h.0.attn", stack="decoder", layer=0, kv_heads=4, key_dim=16, value_dim=16)
+    >>> site.width
+    128
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from prefixkit.errors import PluginError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+STACKS: Final = ("encoder", "decoder", "cross")
+"""The kinds of attention a prefix can stand in, in the order of the flat prefix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One attention call in which a prefix takes part.
+
+    Attributes:
+        path: The attention module, as in ``model.get_submodule(path)``.
+        stack: ``"encoder"``, ``"decoder"`` or ``"cross"`` (the decoder's attention to the
+            encoder's states).
+        layer: Which layer of its stack, from 0; the index under which a native cache keeps it.
+        kv_heads: Heads of keys and values (fewer than the query heads under GQA and MQA).
+        key_dim: Size of one key head.
+        value_dim: Size of one value head.
+        window: How many positions back a query sees, or ``None`` for all of them.
+    """
+
+    path: str
+    stack: str
+    layer: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.stack not in STACKS:
+            raise PluginError(f"site {self.path!r}: stack is {self.stack!r}; possible: {', '.join(STACKS)}")
+        for field in ("kv_heads", "key_dim", "value_dim"):
+            if getattr(self, field) < 1:
+                raise PluginError(f"site {self.path!r}: {field} is {getattr(self, field)}; it must be 1 or more")
+
+    @property
+    def width(self) -> int:
+        """Numbers one virtual token takes here: its keys and its values."""
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionIds:
+    """The stack's ``forward`` takes ``position_ids``.
+
+    Attributes:
+        limit: How many positions a learned table has; ``None`` where there is no table (rotary).
+    """
+
+    limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionTable:
+    """The stack looks its positions up in a learned table and takes no ``position_ids``.
+
+    Attributes:
+        path: The embedding module, relative to the stack.
+        offset: Row of position 0.
+        limit: How many positions the table has.
+    """
+
+    path: str
+    offset: int
+    limit: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelativeBias:
+    """Positions enter as a bias on attention scores.
+
+    Attributes:
+        prefix_bias: Given the stack's module, the queries' distances from the prefix's first
+            column ``(batch or 1, queries)`` and ``num_virtual_tokens``, returns the bias of the
+            prefix's columns ``(batch or 1, heads, queries, num_virtual_tokens)``.
+    """
+
+    prefix_bias: Callable[[nn.Module, torch.Tensor, int], torch.Tensor]
+
+
+Positions = PositionIds | PositionTable | RelativeBias
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """A run of layers with one mask, one cache and one count of positions.
+
+    Attributes:
+        name: ``"encoder"`` or ``"decoder"``.
+        path: The module whose ``forward`` receives ``attention_mask`` (and ``past_key_values``),
+            relative to the model; ``""`` is the model itself.
+        positions: How the stack counts positions.
+        sites: Its attention calls. A decoder's cross-attention belongs to it.
+    """
+
+    name: str
+    path: str
+    positions: Positions
+    sites: tuple[Site, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """Everything prefixkit has to know about one architecture.
+
+    Attributes:
+        model_types: The ``config.model_type`` values it answers for.
+        stacks: Given a model, yields its :class:`Stack` objects. Called on every ``apply`` and
+            ``load``, with any task class of the architecture.
+    """
+
+    model_types: tuple[str, ...]
+    stacks: Callable[[PreTrainedModel], Iterable[Stack]]
+
+
+def find_stack(model: nn.Module, landmark: str) -> str | None:
+    """Path of the module under which ``landmark`` stands, or ``None``.
+
+    One landmark serves every task class of an architecture, however deep it nests the stack.
+
+    Example:
+        ``find_stack(model, "h.0.attn")`` is ``"transformer"`` for a ``GPT2LMHeadModel`` and
+        ``""`` for a ``GPT2Model``.
+
+    Raises:
+        PluginError: If the landmark stands in more than one place.
+    """
+    tail = "." + landmark
+    found = [name[: -len(tail)] for name, _ in model.named_modules() if ("." + name).endswith(tail)]
+    found = [name.removeprefix(".") for name in found]
+    if len(found) > 1:
+        raise PluginError(f"{landmark!r} stands in {len(found)} places of {type(model).__name__}: {found}")
+    return found[0] if found else None
+
+
+def join_path(*parts: str) -> str:
+    """Join module paths; empty parts vanish."""
+    return ".".join(part for part in parts if part)

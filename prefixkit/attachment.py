@@ -1,0 +1,219 @@
+"""A prefix on a live model: what is kept, and the hooks that carry it into every call.
+
+An :class:`Attachment` is a plain object in the model's ``__dict__``. It holds no reference to the
+model, so copying or pickling the model takes it along, whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from inspect import Parameter, signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from prefixkit import transformers_internals as internals
+from prefixkit.adapter import PositionTable, Stack, join_path
+from prefixkit.attention_engine import AttentionEngine, make_attention
+from prefixkit.cache_engine import CacheEngine
+from prefixkit.errors import AttachmentError, UnsupportedModelError
+from prefixkit.head import head_parameters
+from prefixkit.layout import KeyValue, Layout
+from prefixkit.positions import PLACED, look_up_placed
+from prefixkit.prefix_config import PrefixConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+KEY = "_prefixkit"
+"""Where the attachment stands in the model's ``__dict__``."""
+MODULE = "prefixkit"
+"""Name of the submodule that holds the prefix encoder, by the prefix's name."""
+FLAT = "prefix_flat"
+"""The keyword under which a model with two stacks hands them the flat prefix, computed once."""
+
+
+@dataclass(eq=False)
+class Attachment:
+    """One prefix on one model.
+
+    Attributes:
+        config: What the prefix is.
+        stacks: The stacks that carry it, each with only the sites that do.
+        layout: All its sites, in the order of the flat prefix.
+        encoder: Its parameters: a module that returns the flat prefix.
+        engine: What puts it in front of the attention.
+        trained_before: ``requires_grad`` of every base parameter before ``apply``.
+        base_head: The head's values before ``apply``, by parameter name.
+        enabled: False inside :func:`prefixkit.disabled`.
+    """
+
+    config: PrefixConfig
+    stacks: tuple[Stack, ...]
+    layout: Layout
+    encoder: nn.Module
+    engine: AttentionEngine | CacheEngine
+    trained_before: dict[str, bool] = field(default_factory=dict)
+    base_head: dict[str, torch.Tensor] = field(default_factory=dict)
+    enabled: bool = True
+    handles: list[Any] = field(default_factory=list)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A spawned process that unpickles the model has not registered the attention functions."""
+        self.__dict__.update(state)
+        for name in internals.WRAPPABLE:
+            internals.register_implementation(name, make_attention)
+
+    def offset(self, stack: Stack) -> int:
+        """How far the prefix moves the positions of ``stack``: P, or 0."""
+        carries = any(site.stack == stack.name for site in stack.sites)
+        return self.config.num_virtual_tokens if carries and self.config.positions == "shift" else 0
+
+    def prepared(self, flat: torch.Tensor, *, dtype: torch.dtype, training: bool) -> dict[str, KeyValue]:
+        """K and V by site path in ``dtype``, with the prefix's dropout if ``training``."""
+        dropped = functional.dropout(flat, self.config.prefix_dropout, training)
+        pieces = (KeyValue(key.to(dtype), value.to(dtype)) for key, value in self.layout.split(dropped))
+        return {site.path: piece for site, piece in zip(self.layout.sites, pieces, strict=True)}
+
+    def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds: the encoder's parameters, and the head's under ``head.``."""
+        head = head_parameters(model, self.config.head)
+        return {**self.encoder.state_dict(), **{f"head.{name}": value.detach() for name, value in head.items()}}
+
+    def state_name(self, name: str) -> str:
+        """The name in the model's state dict of what a checkpoint calls ``name``."""
+        if name.startswith("head."):
+            return name.removeprefix("head.")
+        return join_path(MODULE, self.config.name, name)
+
+
+class BeforeModel:
+    """Forward pre-hook of the model: computes the flat prefix once for all its stacks."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Add the flat prefix to the keyword arguments."""
+        if not self.attachment.enabled:
+            return None
+        return args, {**kwargs, FLAT: self.attachment.encoder()}
+
+
+class BeforeStack:
+    """Forward pre-hook of a stack: gives every argument its name and lets the engine act on them."""
+
+    def __init__(self, attachment: Attachment, stack: Stack, names: tuple[str, ...]) -> None:
+        self.attachment = attachment
+        self.stack = stack
+        self.names = names
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The arguments with the prefix, or as they were if it is disabled."""
+        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        flat = arguments.pop(FLAT, None)
+        engine = self.attachment.engine
+        if not self.attachment.enabled:
+            return (), engine.off(arguments)
+        if flat is None:
+            flat = self.attachment.encoder()
+        return (), engine.before(module, self.stack, arguments, self.attachment, flat)
+
+
+class AfterStack:
+    """Forward hook of a stack: lets the engine act on the output."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The output, as the caller would see it without a prefix."""
+        return self.attachment.engine.after(module, kwargs, output) if self.attachment.enabled else output
+
+
+def find(model: nn.Module) -> Attachment | None:
+    """The attachment of ``model``, if it has one."""
+    attachment: Attachment | None = model.__dict__.get(KEY)
+    return attachment
+
+
+def require(model: nn.Module) -> Attachment:
+    """The attachment of ``model``.
+
+    Raises:
+        AttachmentError: If it has none.
+    """
+    attachment = find(model)
+    if attachment is None:
+        raise AttachmentError(f"this {type(model).__name__} has no prefix; call prefixkit.apply or prefixkit.load first")
+    return attachment
+
+
+def install(model: PreTrainedModel, attachment: Attachment) -> None:
+    """Put a finished attachment on the model: all of it, or on an error nothing."""
+    try:
+        model.__dict__[KEY] = attachment
+        attachment.trained_before = {name: value.requires_grad for name, value in model.named_parameters()}
+        model.requires_grad_(False)
+        for name, value in head_parameters(model, attachment.config.head).items():
+            attachment.base_head[name] = value.detach().clone()
+            value.requires_grad_(True)
+        model.add_module(MODULE, nn.ModuleDict({attachment.config.name: attachment.encoder}))
+        attachment.encoder.train(model.training)
+        attachment.engine.attach(model, attachment)
+        _add_hooks(model, attachment)
+    except BaseException:
+        uninstall(model, attachment)
+        raise
+
+
+def uninstall(model: PreTrainedModel, attachment: Attachment) -> None:
+    """Give back the very base. Safe on a half-installed attachment."""
+    while attachment.handles:
+        attachment.handles.pop().remove()
+    if attachment.base_head:
+        swap_head(model, attachment)
+    attachment.engine.detach(model, attachment)
+    for stack in attachment.stacks:
+        if isinstance(stack.positions, PositionTable):
+            table = model.get_submodule(join_path(stack.path, stack.positions.path))
+            table.__dict__.pop(PLACED, None)
+    model._modules.pop(MODULE, None)
+    for name, value in model.named_parameters():
+        value.requires_grad_(attachment.trained_before.get(name, value.requires_grad))
+        if not value.requires_grad:
+            value.grad = None
+    model.__dict__.pop(KEY, None)
+
+
+def swap_head(model: nn.Module, attachment: Attachment) -> None:
+    """Exchange the head's values with the base's; calling it again puts them back.
+
+    By ``.data``, so that a graph built before still finds its weights after the second call.
+    """
+    for name, value in head_parameters(model, attachment.config.head).items():
+        value.data, attachment.base_head[name] = attachment.base_head[name].to(value), value.data
+
+
+def _add_hooks(model: PreTrainedModel, attachment: Attachment) -> None:
+    handles = attachment.handles
+    if len(attachment.stacks) > 1 and _takes_any_keyword(model):
+        handles.append(model.register_forward_pre_hook(BeforeModel(attachment), with_kwargs=True))
+    for stack in attachment.stacks:
+        module = model.get_submodule(stack.path)
+        before = BeforeStack(attachment, stack, tuple(signature(module.forward).parameters))
+        # Last of the pre-hooks: what others add to the arguments is there already.
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(AfterStack(attachment), with_kwargs=True, prepend=True))
+        if isinstance(stack.positions, PositionTable):
+            table = module.get_submodule(stack.positions.path)
+            if not isinstance(table, nn.Embedding):
+                raise UnsupportedModelError(f"{stack.positions.path!r} of {stack.path!r} is no embedding table")
+            handles.append(table.register_forward_hook(look_up_placed))
+
+
+def _takes_any_keyword(model: nn.Module) -> bool:
+    kinds = {parameter.kind for parameter in signature(model.forward).parameters.values()}
+    return Parameter.VAR_KEYWORD in kinds

@@ -1,0 +1,243 @@
+"""The attention engine: K and V join inside the attention call.
+
+A function of our own stands in front of the model's attention implementation. It receives query,
+key and value after rotation and after the cache update, puts the prefix's K and V in front,
+widens the mask, and calls the implementation it wraps. Cache, 2-D mask and ``generate`` see
+nothing of the prefix.
+
+What belongs to one call (:class:`PrefixState`) travels with it, as a keyword argument that the
+stack hands down to its attention. So it survives gradient checkpointing, threads, and two forwards
+before one backward; it is never looked up in a place that the next forward writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from prefixkit import transformers_internals as internals
+from prefixkit.adapter import RelativeBias, Site, Stack
+from prefixkit.call import StackCall
+from prefixkit.errors import EngineError
+from prefixkit.layout import KeyValue
+from prefixkit.positions import place_positions
+
+if TYPE_CHECKING:
+    from prefixkit.attachment import Attachment
+
+STATE = "prefix_state"
+"""The keyword argument under which the state travels."""
+SITE = "_prefixkit_site"
+"""The attribute that marks an attention module as a site."""
+
+
+@dataclass
+class PrefixState:
+    """The prefix during one call of one stack.
+
+    Attributes:
+        pieces: K and V of the stack's sites, by module path.
+        num_virtual_tokens: Length P of the prefix.
+        query_positions: Positions of the queries with the prefix counted, ``(batch or 1, queries)``.
+        slide: Whether the prefix slides out of a site's window like ordinary context.
+        dropout: Share of the prefix's numbers dropped in training.
+        bias: Relative-position bias of the prefix's columns, ``(batch or 1, heads, queries, P)``;
+            ``None`` stands for zeros.
+    """
+
+    pieces: dict[str, KeyValue]
+    num_virtual_tokens: int
+    query_positions: torch.Tensor | None
+    slide: bool
+    dropout: float
+    bias: torch.Tensor | None = None
+    _causal: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    def causal_mask(self, queries: int, keys: int, device: torch.device) -> torch.Tensor:
+        """``(1, 1, queries, keys)``, true where key ``k`` is at most ``q``; made once per call."""
+        if (queries, keys) not in self._causal:
+            full = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device)
+            self._causal[queries, keys] = full.tril()
+        return self._causal[queries, keys].to(device)
+
+
+OFF = PrefixState(pieces={}, num_virtual_tokens=0, query_positions=None, slide=False, dropout=0.0)
+"""Travels while the prefix is disabled, so that a lost state is never taken for a disabled one."""
+
+
+class AttentionEngine:
+    """Puts the prefix in front of keys and values inside every attention call.
+
+    Right under gradient checkpointing, left padding, packing, static caches and sliding windows,
+    since nothing outside the attention call changes but the positions.
+    """
+
+    name = "attention"
+
+    def check(self, model: nn.Module, attachment: Attachment) -> None:
+        """Raise if the model's attention implementation cannot be wrapped."""
+        for config in self._configs(model, attachment):
+            internals.check_wrappable(config)
+
+    def attach(self, model: nn.Module, attachment: Attachment) -> None:
+        """Wrap the attention implementation of the stacks and mark the sites."""
+        for config in self._configs(model, attachment):
+            internals.wrap_implementation(config, make_attention)
+        for site in attachment.layout.sites:
+            model.get_submodule(site.path).__dict__[SITE] = site
+
+    def detach(self, model: nn.Module, attachment: Attachment) -> None:
+        """Undo :meth:`attach`."""
+        for site in attachment.layout.sites:
+            model.get_submodule(site.path).__dict__.pop(SITE, None)
+        for config in self._configs(model, attachment):
+            internals.unwrap_implementation(config)
+
+    @staticmethod
+    def _configs(model: nn.Module, attachment: Attachment) -> list[Any]:
+        paths = [stack.path for stack in attachment.stacks] + [site.path for site in attachment.layout.sites]
+        configs: dict[int, Any] = {}
+        for path in paths:
+            config = model.get_submodule(path).config
+            configs[id(config)] = config
+        return list(configs.values())
+
+    def before(
+        self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Attachment, flat: torch.Tensor
+    ) -> dict[str, Any]:
+        """The stack's arguments with positions moved and the state added."""
+        if internals.is_checkpointing(module) and internals.uses_reentrant_checkpointing(module):
+            raise EngineError(
+                "reentrant gradient checkpointing gives a prefix no gradient; enable checkpointing with "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        # Again at every call: set_attn_implementation() may have been called since.
+        internals.wrap_implementation(module.config, make_attention)
+        cache = arguments.get("past_key_values") if stack.name == "decoder" else None
+        if internals.holds_prefix(cache):
+            raise EngineError(
+                "the cache passed in already holds a prefix, from to_cache() or the cache engine; it is "
+                "for the bare model: call it under prefixkit.disabled(model), or after prefixkit.remove(model)"
+            )
+        call = StackCall.read(arguments, cache.get_seq_length() if cache is not None else 0)
+        real = place_positions(module, stack, arguments, call, attachment.offset(stack))
+        return {**arguments, STATE: self._state(module, stack, attachment, flat, real)}
+
+    def off(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The stack's arguments while the prefix is disabled."""
+        return {**arguments, STATE: OFF}
+
+    def after(self, module: nn.Module, arguments: dict[str, Any], output: Any) -> Any:
+        """The stack's output, unchanged."""
+        return output
+
+    @staticmethod
+    def _state(
+        module: nn.Module, stack: Stack, attachment: Attachment, flat: torch.Tensor, real: torch.Tensor
+    ) -> PrefixState:
+        config = attachment.config
+        here = {site.path for site in stack.sites}
+        pieces = zip(attachment.layout.sites, attachment.layout.split(flat), strict=True)
+        state = PrefixState(
+            pieces={site.path: piece for site, piece in pieces if site.path in here},
+            num_virtual_tokens=config.num_virtual_tokens,
+            query_positions=real + config.num_virtual_tokens,
+            slide=config.window == "slide",
+            dropout=config.prefix_dropout,
+        )
+        if isinstance(stack.positions, RelativeBias) and attachment.offset(stack):
+            state.bias = stack.positions.prefix_bias(module, state.query_positions, state.num_virtual_tokens)
+        return state
+
+
+def make_attention(name: str) -> internals.AttentionFunction:
+    """The attention function that stands in front of implementation ``name``."""
+
+    def prefix_attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, Any]:
+        original = internals.original_attention(name, module)
+        state: PrefixState | None = kwargs.pop(STATE, None)
+        site: Site | None = module.__dict__.get(SITE)
+        if site is None or state is OFF:
+            return original(module, query, key, value, attention_mask, **kwargs)
+        if state is None:
+            raise EngineError(
+                f"the prefix did not reach {site.path!r}: its stack was not called as a module, or does "
+                "not hand keyword arguments down to its attention"
+            )
+        queries, keys = query.shape[2], key.shape[2]
+        if attention_mask is None and _sdpa_would_be_causal(name, module, queries, kwargs):
+            attention_mask = state.causal_mask(queries, keys, query.device)
+        seen = _seen_prefix(site, state)
+        if attention_mask is None and seen is not None:
+            attention_mask = torch.zeros(1, 1, queries, keys, dtype=query.dtype, device=query.device)
+        if attention_mask is not None:
+            attention_mask = _widen_mask(attention_mask, seen, state.num_virtual_tokens)
+        if kwargs.get("position_bias") is not None:
+            kwargs["position_bias"] = _widen_bias(kwargs["position_bias"], site, state)
+        dropout = state.dropout if module.training else 0.0
+        piece = state.pieces[site.path]
+        key, value = _in_front(piece.key, key, dropout), _in_front(piece.value, value, dropout)
+        return original(module, query, key, value, attention_mask, **kwargs)
+
+    return prefix_attention
+
+
+def _sdpa_would_be_causal(name: str, module: nn.Module, queries: int, kwargs: dict[str, Any]) -> bool:
+    """Whether sdpa, given no mask, would make a causal one of its own.
+
+    It aligns that mask at the upper left, so with a prefix in front a token would not even see
+    itself. Eager attention without a mask sees everything, as does a single query.
+    """
+    asked = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if asked is None else asked
+    return name == "sdpa" and queries > 1 and bool(causal)
+
+
+def _seen_prefix(site: Site, state: PrefixState) -> torch.Tensor | None:
+    """Which queries see which virtual tokens, ``(batch or 1, 1, queries, P)``; ``None``: all do."""
+    if not state.slide or site.window is None or state.query_positions is None:
+        return None
+    columns = torch.arange(state.num_virtual_tokens, device=state.query_positions.device)
+    return (state.query_positions[:, None, :, None] - columns) < site.window
+
+
+def _widen_mask(mask: torch.Tensor, seen: torch.Tensor | None, columns: int) -> torch.Tensor:
+    """``mask (batch, 1, queries, keys)``, boolean or additive, with the prefix's columns in front."""
+    batch = max(mask.shape[0], 1 if seen is None else seen.shape[0])
+    mask = mask.expand(batch, -1, -1, -1)
+    if seen is None:
+        front = mask.new_ones(1) if mask.dtype == torch.bool else mask.new_zeros(1)
+    elif mask.dtype == torch.bool:
+        front = seen.to(mask.device)
+    else:
+        hidden = torch.finfo(mask.dtype).min
+        front = torch.where(seen.to(mask.device), mask.new_zeros(()), hidden)
+    return torch.cat([front.expand(*mask.shape[:-1], columns), mask], dim=-1)
+
+
+def _widen_bias(bias: torch.Tensor, site: Site, state: PrefixState) -> torch.Tensor:
+    """``bias (batch or 1, heads, queries, keys)`` with the prefix's columns in front."""
+    if state.bias is None or site.stack == "cross":
+        front = bias.new_zeros(1, 1, 1, 1).expand(*bias.shape[:-1], state.num_virtual_tokens)
+        return torch.cat([front, bias], dim=-1)
+    front = state.bias.to(bias)
+    return torch.cat([front, bias.expand(front.shape[0], -1, -1, -1)], dim=-1)
+
+
+def _in_front(prefix: torch.Tensor, own: torch.Tensor, dropout: float) -> torch.Tensor:
+    """``prefix (kv_heads, P, dim)`` in front of ``own (batch, kv_heads, keys, dim)``."""
+    prefix = prefix.to(device=own.device, dtype=own.dtype)
+    if dropout:
+        prefix = functional.dropout(prefix, dropout)
+    return torch.cat([prefix.expand(own.shape[0], -1, -1, -1), own], dim=2)

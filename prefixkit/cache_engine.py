@@ -1,0 +1,220 @@
+"""The cache engine: K and V enter through the architecture's own key-value cache.
+
+It serves architectures whose attention cannot be wrapped, and it builds what leaves the library
+(:func:`prefixkit.to_cache`). A pre-filled cache cannot be right in every mode. Where it cannot,
+this engine raises.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from prefixkit import transformers_internals as internals
+from prefixkit.adapter import PositionIds, RelativeBias, Stack
+from prefixkit.call import StackCall
+from prefixkit.errors import EngineError
+from prefixkit.layout import KeyValue
+from prefixkit.positions import place_positions
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
+    from prefixkit.attachment import Attachment
+
+USE_ATTENTION = "use engine='attention'"
+
+
+class CacheEngine:
+    """Fills the cache a decoder is called with, and widens its masks.
+
+    Wrong by its nature, and refused: an encoder prefix, gradient checkpointing, packed sequences,
+    static, quantized and offloaded caches, prepared 4-D masks, a pinned prefix in sliding windows.
+    """
+
+    name = "cache"
+
+    def check(self, model: nn.Module, attachment: Attachment) -> None:
+        """Raise if the stacks or policies asked for cannot be served through a cache."""
+        check_cacheable(attachment)
+        if any(site.stack == "encoder" for site in attachment.layout.sites):
+            raise EngineError(
+                "the cache engine gives an encoder no prefix, since encoders take no cache; "
+                f"{USE_ATTENTION}, or pass stacks=('decoder', 'cross')"
+            )
+
+    def attach(self, model: nn.Module, attachment: Attachment) -> None:
+        """Nothing to prepare: hooks on the stacks do it all."""
+
+    def detach(self, model: nn.Module, attachment: Attachment) -> None:
+        """Nothing to undo."""
+
+    def before(
+        self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Attachment, flat: torch.Tensor
+    ) -> dict[str, Any]:
+        """The stack's arguments with a filled cache, wider masks and moved positions."""
+        if internals.is_checkpointing(module):
+            raise EngineError(f"the cache engine cannot train under gradient checkpointing; {USE_ATTENTION}")
+        tokens = attachment.config.num_virtual_tokens
+        cache = arguments.get("past_key_values")
+        if cache is None:
+            cache = internals.new_cache(module.config)
+        held = _held(cache, tokens if _has_self_sites(attachment) else 0)
+        call = StackCall.read(arguments, held)
+        _check_mask(arguments, call)
+        _check_padding(stack, call, attachment)
+        offset = attachment.offset(stack)
+        # Without a 2-D mask, what the caller says of positions must be what the cache implies.
+        if isinstance(stack.positions, PositionIds) and call.mask is None:
+            _check_positions(arguments.get("position_ids"), call)
+        place_positions(module, stack, arguments, call, offset)
+        if not internals.holds_prefix(cache):
+            dtype = internals.compute_dtype(module)
+            pieces = attachment.prepared(flat, dtype=dtype, training=module.training)
+            fill_cache(cache, attachment, pieces, call.batch)
+        if call.mask is not None and _has_self_sites(attachment):
+            arguments["attention_mask"] = _widen(call.mask, tokens)
+        if _has_cross_sites(attachment) and arguments.get("encoder_hidden_states") is not None:
+            arguments["encoder_attention_mask"] = _wider_encoder_mask(arguments, tokens)
+        return {**arguments, "past_key_values": cache}
+
+    def off(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The stack's arguments while the prefix is disabled, unchanged."""
+        return arguments
+
+    def after(self, module: nn.Module, arguments: dict[str, Any], output: Any) -> Any:
+        """The stack's output, without the cache that we, not the caller, asked for."""
+        asked = arguments.get("use_cache")
+        if module.config.use_cache if asked is None else asked:
+            return output
+        if isinstance(output, tuple):
+            return tuple(part for part in output if not internals.holds_prefix(part))
+        if not internals.holds_prefix(output.get("past_key_values")):
+            return output
+        return type(output)(**{name: value for name, value in output.items() if name != "past_key_values"})
+
+
+def check_cacheable(attachment: Attachment) -> None:
+    """Raise if the prefix cannot be expressed in a native cache.
+
+    Raises:
+        EngineError: For a window policy, a position policy or a choice of layers that it cannot hold.
+    """
+    sites = [site for site in attachment.layout.sites if site.stack != "encoder"]
+    if not sites:
+        raise EngineError("this prefix has encoder sites only, and an encoder takes no cache")
+    if attachment.config.window == "pinned" and any(site.window for site in sites):
+        raise EngineError(
+            "a native cache cannot keep a prefix in sight of a sliding window; "
+            f"{USE_ATTENTION}, or apply the prefix with window='slide'"
+        )
+    if attachment.config.layers is not None:
+        raise EngineError("a native cache needs a prefix in every layer; apply the prefix without layers=")
+    relative = any(isinstance(stack.positions, RelativeBias) for stack in attachment.stacks)
+    if attachment.config.positions == "none" and relative and _has_self_sites(attachment):
+        raise EngineError(
+            "positions='none' gives the prefix no relative-position bias, which a native cache cannot express; "
+            f"{USE_ATTENTION}, or positions='shift'"
+        )
+
+
+def fill_cache(cache: Cache, attachment: Attachment, pieces: dict[str, KeyValue], batch: int) -> None:
+    """Put the prefix of decoder and cross sites into an empty native cache.
+
+    Args:
+        cache: An empty cache of the architecture's kind.
+        attachment: Whose sites the pieces belong to.
+        pieces: K and V by site path, in the dtype of the model's keys.
+        batch: Rows of the cache.
+    """
+    own, cross = internals.self_and_cross(cache)
+    layers = range(0)
+    for site in attachment.layout.sites:
+        part = {"decoder": own, "cross": cross}.get(site.stack)
+        if part is None:
+            continue
+        key, value = (tensor.expand(batch, -1, -1, -1) for tensor in pieces[site.path])
+        part.update(key, value, site.layer)
+        if site.stack == "cross":
+            layers = range(site.layer + 1)
+    internals.set_not_updated(cache, layers)
+    internals.mark_prefix(cache, attachment.config.name)
+
+
+def _has_self_sites(attachment: Attachment) -> bool:
+    return any(site.stack == "decoder" for site in attachment.layout.sites)
+
+
+def _has_cross_sites(attachment: Attachment) -> bool:
+    return any(site.stack == "cross" for site in attachment.layout.sites)
+
+
+def _held(cache: Any, tokens: int) -> int:
+    """Real tokens in ``cache``, beside ``tokens`` virtual ones if it holds a prefix.
+
+    Refuses a cache that is not ours to fill or to go on from.
+    """
+    if not internals.is_dynamic(cache):
+        raise EngineError(f"the cache engine takes a DynamicCache only, got {type(cache).__name__}; {USE_ATTENTION}")
+    length = int(cache.get_seq_length())
+    if internals.holds_prefix(cache):
+        return length - tokens
+    if length:
+        raise EngineError(
+            f"the cache passed in holds {length} tokens that were read without the prefix; start from an "
+            "empty cache, or use the one this model returned"
+        )
+    return 0
+
+
+def _check_mask(arguments: dict[str, Any], call: StackCall) -> None:
+    mask = arguments.get("attention_mask")
+    if mask is not None and call.mask is None:
+        raise EngineError(f"the cache engine takes 2-D attention masks only; {USE_ATTENTION}")
+    expected = call.past + call.queries
+    if call.mask is not None and call.mask.shape[1] != expected:
+        raise EngineError(
+            f"attention_mask covers {call.mask.shape[1]} tokens, but cache and input hold {expected}. A cache "
+            f"that generate() returned cannot start another generate() with the cache engine; {USE_ATTENTION}"
+        )
+
+
+def _check_padding(stack: Stack, call: StackCall, attachment: Attachment) -> None:
+    """Distances in a native cache count padding: refuse it where distance matters."""
+    if call.mask is None or not (call.mask == 0).any():
+        return
+    if any(site.window for site in attachment.layout.sites):
+        raise EngineError(f"the cache engine cannot pad rows under a sliding window; {USE_ATTENTION}")
+    if isinstance(stack.positions, RelativeBias) and (call.mask[:, 0] == 0).any():
+        raise EngineError(
+            f"the cache engine cannot pad a decoder's rows on the left under relative positions; {USE_ATTENTION}"
+        )
+
+
+def _check_positions(given: torch.Tensor | None, call: StackCall) -> None:
+    """Refuse packed rows, and a count of tokens that is not the cache's."""
+    if given is None:
+        return
+    expected = torch.arange(call.queries, device=given.device) + call.past
+    if not bool((given == expected).all()):
+        raise EngineError(
+            "position_ids do not go on where the cache ends (packed rows, or a cache that generate() returned "
+            f"and that starts another generate()); the cache engine cannot serve that; {USE_ATTENTION}"
+        )
+
+
+def _widen(mask: torch.Tensor, tokens: int) -> torch.Tensor:
+    """``mask (batch, length)`` with ones for the prefix in front."""
+    return torch.cat([mask.new_ones(mask.shape[0], tokens), mask], dim=1)
+
+
+def _wider_encoder_mask(arguments: dict[str, Any], tokens: int) -> torch.Tensor:
+    states = arguments["encoder_hidden_states"]
+    mask = arguments.get("encoder_attention_mask")
+    if mask is None:
+        mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
+    if mask.ndim != 2:
+        raise EngineError(f"the cache engine takes 2-D encoder masks only; {USE_ATTENTION}")
+    return _widen(mask, tokens)

@@ -1,0 +1,67 @@
+"""One call of a stack, read from its arguments: lengths, mask, and the positions of its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prefixkit.errors import EngineError
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackCall:
+    """What a stack was called with.
+
+    Attributes:
+        batch: Rows.
+        queries: Tokens per row in this call.
+        past: Real tokens before them in the cache (a tensor with static caches).
+        mask: The 2-D mask ``(batch, past + queries)`` of real tokens, or ``None``.
+        device: Where the inputs are.
+    """
+
+    batch: int
+    queries: int
+    past: int | torch.Tensor
+    mask: torch.Tensor | None
+    device: torch.device
+
+    @classmethod
+    def read(cls, arguments: dict[str, Any], past: int | torch.Tensor) -> StackCall:
+        """Read the arguments of a stack's ``forward``, all given by name.
+
+        Raises:
+            EngineError: If neither token ids nor embeddings are given.
+        """
+        tokens = arguments.get("input_ids")
+        if tokens is None:
+            tokens = arguments.get("inputs_embeds")
+        if tokens is None:
+            raise EngineError("the model was called without input_ids and without inputs_embeds")
+        batch, queries = tokens.shape[:2]
+        mask = arguments.get("attention_mask")
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+            mask = None
+        return cls(batch=batch, queries=queries, past=past, mask=mask, device=tokens.device)
+
+    def token_positions(self) -> torch.Tensor:
+        """Positions of the real tokens, counted from 0: ``(batch or 1, queries)``.
+
+        Padding is not counted, as in ``generate``; where the mask is zero the value is a valid
+        position without meaning.
+
+        Raises:
+            EngineError: If the mask is shorter than the cache and the input together.
+        """
+        places = torch.arange(self.queries, device=self.device) + self.past
+        if self.mask is None:
+            return places.unsqueeze(0)
+        if isinstance(self.past, int) and self.mask.shape[1] < self.past + self.queries:
+            raise EngineError(
+                f"attention_mask covers {self.mask.shape[1]} tokens, but cache and input hold "
+                f"{self.past} + {self.queries}; pass a mask over all of them"
+            )
+        counted = self.mask.to(self.device).long().cumsum(-1) - 1
+        return counted.clamp(min=0)[:, places]

@@ -1,0 +1,114 @@
+"""Save a prefix and load it: the prefix and the head that trained with it, nothing of the base."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import astuple
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from prefixkit import checkpoint_files
+from prefixkit.adapter import Adapter, Site
+from prefixkit.attachment import Attachment, require
+from prefixkit.errors import CheckpointError, ConfigError, MethodError
+from prefixkit.head import choose_head, head_parameters
+from prefixkit.lifecycle import build, check_model, put_on
+from prefixkit.prefix_config import PrefixConfig
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def save(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
+    """Write the model's prefix, and its head if that trained, to ``directory``.
+
+    Writes ``prefix_config.json`` and ``prefix.safetensors``. With an MLP its weights are kept, so
+    that training can go on; :func:`prefixkit.fold` first for the smallest file. A crash leaves the
+    old checkpoint or the new one.
+
+    Raises:
+        AttachmentError: If the model has no prefix.
+        CheckpointError: If ``directory`` is a file.
+    """
+    attachment = require(model)
+    checkpoint_files.write(Path(directory), attachment.config, attachment.tensors(model))
+
+
+def load(
+    model: Model, directory: str | os.PathLike[str], *, trainable: bool = False, adapter: Adapter | None = None
+) -> Model:
+    """Put a saved prefix on ``model``, in place, and freeze everything else.
+
+    Args:
+        model: A bare model of the architecture that the prefix was trained for.
+        directory: Where :func:`prefixkit.save`, or a ``Trainer``, wrote it.
+        trainable: Whether prefix (with its MLP) and head train on; else all is frozen.
+        adapter: Overrules the installed plugins.
+
+    Returns:
+        The same object.
+
+    Raises:
+        CheckpointError: If the checkpoint is missing, damaged, or for another architecture or shape.
+        AttachmentError: If the model already has a prefix.
+        UnknownAdapterError: If no plugin serves the model's type.
+        EngineError: If the stored policies cannot be honoured here.
+
+    On any error the model is as it was. Nothing is ever unpickled.
+    """
+    model_type = check_model(model)
+    folder = Path(directory)
+    config = checkpoint_files.read_config(folder)
+    if config.model_type != model_type:
+        raise CheckpointError(
+            f"the prefix in {str(folder)!r} is for model type {config.model_type!r}; this {type(model).__name__} is {model_type!r}"
+        )
+    attachment = _build(model, config, adapter, folder)
+    _check_sites(config.sites, attachment.layout.sites, folder)
+    _check_shapes(checkpoint_files.read_shapes(folder), attachment, model, folder)
+    tensors = checkpoint_files.read_tensors(folder)
+    put_on(model, attachment)
+    _copy(tensors, attachment, model)
+    if not trainable:
+        model.requires_grad_(False)
+    return model
+
+
+def _build(model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None, folder: Path) -> Attachment:
+    try:
+        choose_head(model, list(config.head), ())
+        return build(model, config, adapter)
+    except (ConfigError, MethodError) as error:
+        raise CheckpointError(f"the prefix in {str(folder)!r} does not fit this {type(model).__name__}: {error}") from error
+
+
+def _check_sites(saved: tuple[Site, ...], here: tuple[Site, ...], folder: Path) -> None:
+    """Same places, shapes and windows. Paths may differ: a task class nests its body deeper."""
+    if len(saved) != len(here):
+        raise CheckpointError(f"the prefix in {str(folder)!r} has {len(saved)} sites; this model has {len(here)}")
+    for old, new in zip(saved, here, strict=True):
+        if astuple(old)[1:] != astuple(new)[1:]:
+            raise CheckpointError(f"the prefix in {str(folder)!r} was trained for {old}; this model has {new}")
+
+
+def _check_shapes(
+    saved: Mapping[str, tuple[int, ...]], attachment: Attachment, model: PreTrainedModel, folder: Path
+) -> None:
+    expected = {name: tuple(value.shape) for name, value in attachment.tensors(model).items()}
+    for name in sorted(saved.keys() | expected.keys()):
+        if saved.get(name) != expected.get(name):
+            raise CheckpointError(
+                f"tensor {name!r} in {str(folder)!r} is {saved.get(name, 'missing')}; "
+                f"this model needs {expected.get(name, 'no such tensor')}"
+            )
+
+
+def _copy(tensors: Mapping[str, torch.Tensor], attachment: Attachment, model: PreTrainedModel) -> None:
+    head = {f"head.{name}": value for name, value in head_parameters(model, attachment.config.head).items()}
+    own = {**dict(attachment.encoder.named_parameters()), **dict(attachment.encoder.named_buffers()), **head}
+    with torch.no_grad():
+        for name, value in tensors.items():
+            own[name].copy_(value)

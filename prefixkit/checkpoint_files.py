@@ -1,0 +1,139 @@
+"""The two files of a checkpoint.
+
+``prefix.safetensors`` holds the numbers and, in its header, the whole configuration; it is complete
+by itself. ``prefix_config.json`` repeats the configuration for people. Each file is replaced in one
+step, the numbers first, and both carry the same ``save_id``: after a crash between the two, the
+header is believed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+
+from prefixkit.errors import CheckpointError, ConfigError
+from prefixkit.prefix_config import PrefixConfig
+
+CONFIG_FILE = "prefix_config.json"
+TENSOR_FILE = "prefix.safetensors"
+HEADER = "prefixkit"
+FORMAT = 1
+
+
+def write(directory: Path, config: PrefixConfig, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write both files, each in one step.
+
+    Raises:
+        CheckpointError: If ``directory`` is a file.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"cannot save to {str(directory)!r}: it is a file; name a folder")
+    directory.mkdir(parents=True, exist_ok=True)
+    document = json.dumps({"format": FORMAT, "save_id": uuid.uuid4().hex, **config.to_dict()}, indent=2)
+    write_tensors(directory / TENSOR_FILE, tensors, {HEADER: document})
+    _replace(directory / CONFIG_FILE, (document + "\n").encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write one safetensors file in one step."""
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    _replace(path, safetensors.torch.save(plain, metadata={"format": "pt", **metadata}))
+
+
+def read_config(directory: Path) -> PrefixConfig:
+    """The configuration of a checkpoint.
+
+    Raises:
+        CheckpointError: If there is none, it is damaged, or another format.
+    """
+    path = directory / TENSOR_FILE
+    if not path.is_file():
+        raise CheckpointError(f"no {TENSOR_FILE} in {str(directory)!r}{_what_else(directory)}")
+    header = _parse(_header(path), f"the header of {path}")
+    beside = directory / CONFIG_FILE
+    if beside.is_file():
+        document = _parse(beside.read_text(encoding="utf-8", errors="replace"), str(beside))
+        if document.get("save_id") == header.get("save_id"):
+            header = document
+    version = header.pop("format", None)
+    header.pop("save_id", None)
+    if version != FORMAT:
+        raise CheckpointError(f"{path} has format {version!r}; this prefixkit reads {FORMAT}. Install a newer prefixkit")
+    try:
+        return PrefixConfig.from_dict(header)
+    except ConfigError as error:
+        raise CheckpointError(f"the configuration of {str(directory)!r} cannot be used: {error}") from error
+
+
+def read_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors by name, without reading their numbers."""
+    path = directory / TENSOR_FILE
+    with _open(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+
+
+def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """The tensors by name, on the CPU."""
+    path = directory / TENSOR_FILE
+    with _open(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+
+
+def _header(path: Path) -> str:
+    with _open(path) as file:
+        metadata = file.metadata() or {}
+    if HEADER not in metadata:
+        raise CheckpointError(f"{path} was not written by prefixkit: its header has no {HEADER!r} entry")
+    return str(metadata[HEADER])
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{where} is not a JSON object")
+    return document
+
+
+def _what_else(directory: Path) -> str:
+    """A hint when the folder holds somebody else's checkpoint, or none at all."""
+    if not directory.is_dir():
+        return ": it is no folder"
+    if (directory / "adapter_config.json").is_file():
+        return ": it holds a checkpoint of PEFT or AdapterHub, which prefixkit does not read"
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
+        return ": it holds pickled weights, which prefixkit never loads"
+    return "; it was not written by prefixkit.save"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write ``content`` beside ``path``, flush it to the disk, and put it in its place."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,52 @@
+"""The errors prefixkit raises. All derive from :class:`PrefixkitError`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PrefixkitError(Exception):
+    """Base class: catch it to catch everything prefixkit raises on purpose."""
+
+
+class PluginError(PrefixkitError):
+    """A plugin, or what it handed over, is not what the hooks ask for."""
+
+
+class UnknownAdapterError(PrefixkitError):
+    """No installed plugin serves the model's type."""
+
+
+class AdapterConflictError(PrefixkitError):
+    """Two distributions bring an adapter for the same model type."""
+
+
+class UnsupportedModelError(PrefixkitError):
+    """The object is no model that can take a prefix, or not in its present state."""
+
+
+class MethodError(PrefixkitError):
+    """A method is unknown, or an option does not fit it."""
+
+
+class ConfigError(PrefixkitError):
+    """An argument of :func:`prefixkit.apply` has a value that cannot be served."""
+
+
+class AttachmentError(PrefixkitError):
+    """The model already has a prefix, or has none where one is needed."""
+
+
+class EngineError(PrefixkitError):
+    """The engine cannot do right what the call asks for, and does not guess."""
+
+
+class CheckpointError(PrefixkitError):
+    """A checkpoint is missing, damaged, or belongs to something else."""
+
+
+def closest(name: str, possible: Iterable[str]) -> str:
+    """A hint for a message about a misspelt ``name``: `` (did you mean 'x'?)``, or nothing."""
+    matches = difflib.get_close_matches(name, list(possible), n=1)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""

@@ -1,0 +1,68 @@
+"""Which modules of a task model are its head: new for the task, so they train with the prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from prefixkit.errors import ConfigError, closest
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+TASKS_WITH_NEW_HEAD = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+    "ForImageClassification",
+    "ForAudioClassification",
+)
+
+
+def choose_head(model: PreTrainedModel, head: str | bool | Sequence[str], sites: Iterable[str]) -> tuple[str, ...]:
+    """Names of the modules that train with the prefix.
+
+    Args:
+        model: The model.
+        head: ``"auto"``: the head of a task class, never a language-model head; ``False``: none;
+            or module names, taken literally.
+        sites: Paths of the attention modules, which tell the body from the head.
+
+    Raises:
+        ConfigError: If a name is no module of the model, or ``head`` is something else.
+    """
+    if head is False:
+        return ()
+    if head == "auto":
+        return _automatic(model, list(sites))
+    if isinstance(head, str | bool) or not all(isinstance(name, str) for name in head):
+        raise ConfigError(f"head is {head!r}; possible: 'auto', False, or a list of module names")
+    names = {name for name, _ in model.named_modules() if name}
+    for name in head:
+        if name not in names:
+            raise ConfigError(f"head names {name!r}, which {type(model).__name__} does not have{closest(name, names)}")
+    return tuple(head)
+
+
+def head_parameters(model: nn.Module, head: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters of the head's modules by their name in the model."""
+    return {
+        f"{module}.{name}": parameter
+        for module in head
+        for name, parameter in model.get_submodule(module).named_parameters()
+    }
+
+
+def _automatic(model: PreTrainedModel, sites: list[str]) -> tuple[str, ...]:
+    classes = [cls.__name__ for cls in type(model).__mro__]
+    if not any(name.endswith(TASKS_WITH_NEW_HEAD) for name in classes):
+        return ()
+    body = {path.split(".")[0] for path in sites}
+    embeddings = model.get_input_embeddings()
+    return tuple(
+        name
+        for name, child in model.named_children()
+        if name not in body and child is not embeddings and any(True for _ in child.parameters())
+    )

@@ -1,0 +1,66 @@
+"""Moving the positions of real tokens behind the prefix.
+
+Under ``shift`` the first real token stands at position P, under ``none`` at 0. Either way the
+count comes from the attention mask where the caller gives no positions, so that a left-padded row
+gets the positions it has alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from prefixkit.adapter import PositionIds, PositionTable, Stack
+from prefixkit.call import StackCall
+from prefixkit.errors import EngineError
+
+PLACED = "_prefixkit_positions"
+"""The attribute of a position table that holds the positions of the call under way."""
+
+
+def place_positions(
+    module: nn.Module, stack: Stack, arguments: dict[str, Any], call: StackCall, offset: int
+) -> torch.Tensor:
+    """Give the stack its positions, moved by ``offset``, in ``arguments`` or in its table.
+
+    Returns:
+        The positions of the real tokens before moving, ``(batch or 1, queries)``.
+
+    Raises:
+        EngineError: If the model has no position that far.
+    """
+    kind = stack.positions
+    if isinstance(kind, PositionIds):
+        given = arguments.get("position_ids")
+        real = call.token_positions() if given is None else given
+        _check_limit(real, kind.limit, offset, call)
+        arguments["position_ids"] = real + offset
+        return real
+    real = call.token_positions()
+    if isinstance(kind, PositionTable):
+        _check_limit(real, kind.limit, offset, call)
+        module.get_submodule(kind.path).__dict__[PLACED] = real + offset + kind.offset
+    return real
+
+
+def look_up_placed(table: nn.Embedding, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+    """Forward hook of a position table: the rows that were placed, ``(batch or 1, queries, dim)``."""
+    rows: torch.Tensor | None = table.__dict__.pop(PLACED, None)
+    if rows is None:
+        return output
+    return functional.embedding(rows.to(table.weight.device), table.weight)
+
+
+def _check_limit(real: torch.Tensor, limit: int | None, offset: int, call: StackCall) -> None:
+    """Refuse a position past the table's end; reads values only where one might be."""
+    if limit is None or not isinstance(call.past, int) or offset + call.past + call.queries <= limit:
+        return
+    last = int(real.max()) + offset
+    if last >= limit:
+        raise EngineError(
+            f"position {last} is past the model's {limit} positions, of which the prefix takes {offset}; "
+            "shorten the input or the prefix, or pass positions='none'"
+        )

@@ -1,0 +1,111 @@
+"""What a prefix is, apart from its numbers: stored with every checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final
+
+from prefixkit.adapter import STACKS, Site
+from prefixkit.errors import ConfigError, PluginError, closest
+
+POSITIONS: Final = ("shift", "none")
+WINDOWS: Final = ("pinned", "slide")
+ENGINES: Final = ("auto", "attention", "cache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixConfig:
+    """Everything about a prefix but its numbers.
+
+    Attributes:
+        method: Name of the method that parametrises it.
+        method_options: The method's options, defaults filled in.
+        num_virtual_tokens: Its length P.
+        name: Its name on the model.
+        positions: ``"shift"`` (the first real token stands at position P) or ``"none"`` (at 0).
+        window: ``"pinned"`` (every query sees it) or ``"slide"`` (it slides out of sliding windows).
+        stacks: Which of encoder, decoder and cross attention carry it; ``None``: all there are.
+        layers: Which layers carry it; ``None``: all.
+        engine: ``"auto"``, ``"attention"`` or ``"cache"``.
+        folded: Whether an MLP was replaced by the flat prefix it gave.
+        model_type: The base's ``config.model_type``.
+        base_model_name_or_path: Where the base came from, for people to read.
+        sites: Where it stands.
+        head: Modules of the base that train, and are saved, with it.
+    """
+
+    method: str
+    method_options: Mapping[str, Any]
+    num_virtual_tokens: int
+    name: str = "default"
+    positions: str = "shift"
+    window: str = "pinned"
+    stacks: tuple[str, ...] | None = None
+    layers: tuple[int, ...] | None = None
+    engine: str = "auto"
+    folded: bool = False
+    model_type: str
+    base_model_name_or_path: str = ""
+    sites: tuple[Site, ...] = ()
+    head: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        tokens = self.num_virtual_tokens
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+            raise ConfigError(f"num_virtual_tokens is {tokens!r}; it must be a whole number of 1 or more")
+        _one_of("positions", self.positions, POSITIONS)
+        _one_of("window", self.window, WINDOWS)
+        _one_of("engine", self.engine, ENGINES)
+        for stack in self.stacks or ():
+            _one_of("stacks", stack, STACKS)
+        if not isinstance(self.name, str) or not self.name.isidentifier():
+            raise ConfigError(f"name is {self.name!r}; it must be a Python identifier, since it becomes a module's name")
+        dropout = self.prefix_dropout
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise ConfigError(f"prefix_dropout is {dropout!r}; it must be at least 0 and below 1")
+
+    @property
+    def prefix_dropout(self) -> float:
+        """Share of the prefix's numbers dropped in training; 0 for a method without that option."""
+        value: float = self.method_options.get("prefix_dropout", 0.0)
+        return value
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data for JSON."""
+        return {**asdict(self), "method_options": dict(self.method_options)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PrefixConfig:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ConfigError: If a field is missing, unknown, or has a value of the wrong kind.
+        """
+        known = {field.name for field in fields(cls)}
+        for name in data:
+            if name not in known:
+                raise ConfigError(f"unknown field {name!r}{closest(name, known)}")
+        try:
+            sites = tuple(Site(**site) for site in data["sites"])
+            return cls(
+                **{
+                    **data,
+                    "sites": sites,
+                    "stacks": _tuple(data.get("stacks")),
+                    "layers": _tuple(data.get("layers")),
+                    "head": tuple(data.get("head", ())),
+                }
+            )
+        except (TypeError, KeyError, AttributeError, PluginError) as error:
+            raise ConfigError(f"a field is missing or has a value of the wrong kind: {error}") from error
+
+
+def _tuple(values: Iterable[Any] | None) -> tuple[Any, ...] | None:
+    return None if values is None else tuple(values)
+
+
+def _one_of(field: str, value: object, possible: tuple[str, ...]) -> None:
+    if value not in possible:
+        hint = closest(value, possible) if isinstance(value, str) else ""
+        raise ConfigError(f"{field} is {value!r}{hint}; possible: {', '.join(possible)}")

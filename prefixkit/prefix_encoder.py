@@ -1,0 +1,65 @@
+"""The prefix encoder: parameters in, flat prefix out."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from prefixkit.errors import MethodError
+from prefixkit.method import PrefixShape
+
+FLAT_STD = 0.02
+"""Spread of a flat prefix at the start. N(0, 1), common elsewhere, drowns a frozen model's own
+keys; near zero, a prefix starts as a few faint extra tokens."""
+
+
+class PrefixEncoder(nn.Module):
+    """The flat prefix, either as parameters or through an MLP.
+
+    With ``prefix_projection`` it is embedding → linear → tanh → linear (Li & Liang 2021, §4.3);
+    without, the embedding is the flat prefix itself (P-tuning v2, Liu et al. 2022, §3.3).
+
+    Args:
+        shape: Length and width of the prefix, and the model's hidden size.
+        prefix_projection: Whether the MLP stands behind the embedding.
+        encoder_hidden_size: Width of the MLP's middle.
+
+    Raises:
+        MethodError: If ``encoder_hidden_size`` is below 1.
+    """
+
+    def __init__(
+        self, shape: PrefixShape, *, prefix_projection: bool, encoder_hidden_size: int = 512
+    ) -> None:
+        super().__init__()
+        if encoder_hidden_size < 1:
+            raise MethodError(f"encoder_hidden_size is {encoder_hidden_size}; it must be 1 or more")
+        rows = shape.num_virtual_tokens
+        # float32 whatever the default dtype: a half-precision prefix does not train.
+        kind = {"dtype": torch.float32}
+        self.transform: nn.Sequential | None = None
+        if not prefix_projection:
+            self.embedding = nn.Embedding(rows, shape.width, **kind)
+            nn.init.normal_(self.embedding.weight, std=FLAT_STD)
+            return
+        self.embedding = nn.Embedding(rows, shape.hidden_size, **kind)
+        self.transform = nn.Sequential(
+            nn.Linear(shape.hidden_size, encoder_hidden_size, **kind),
+            nn.Tanh(),
+            nn.Linear(encoder_hidden_size, shape.width, **kind),
+        )
+
+    def forward(self) -> torch.Tensor:
+        """The flat prefix ``(num_virtual_tokens, width)``."""
+        weight = self.embedding.weight
+        return weight if self.transform is None else self.transform(weight)
+
+
+def flat_encoder(flat: torch.Tensor) -> PrefixEncoder:
+    """A prefix encoder without MLP that gives ``flat``, on the same device."""
+    rows, width = flat.shape
+    shape = PrefixShape(num_virtual_tokens=rows, width=width, hidden_size=width)
+    encoder = PrefixEncoder(shape, prefix_projection=False).to(flat.device)
+    with torch.no_grad():
+        encoder.embedding.weight.copy_(flat)
+    return encoder

@@ -1,0 +1,81 @@
+"""What an untouched ``Trainer`` calls on a model with a prefix.
+
+``Trainer`` saves with ``model.save_pretrained`` and resumes from a file ``model.safetensors``
+through ``model.load_state_dict``. While a prefix is attached the instance answers both calls
+itself, so that a training checkpoint holds the prefix and the head, and no base weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.modules.module import _IncompatibleKeys
+
+from prefixkit import checkpoint_files
+from prefixkit.attachment import require
+from prefixkit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RESUME_FILE = "model.safetensors"
+"""The name ``Trainer`` looks for; its keys are those of the model's state dict."""
+
+
+class SavePretrained:
+    """Stands in for ``model.save_pretrained``."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        **_: Any,
+    ) -> None:
+        """Save prefix and head, with a copy under the name that ``Trainer`` resumes from."""
+        if push_to_hub:
+            raise CheckpointError("pushing a prefix to the hub is not supported; save it and upload the folder")
+        if not is_main_process:
+            return
+        attachment = require(self.model)
+        tensors = attachment.tensors(self.model)
+        if state_dict is not None:  # gathered by the caller, where parameters are sharded
+            tensors = {name: state_dict[attachment.state_name(name)] for name in tensors}
+        directory = Path(save_directory)
+        checkpoint_files.write(directory, attachment.config, tensors)
+        named = {attachment.state_name(name): value for name, value in tensors.items()}
+        checkpoint_files.write_tensors(directory / RESUME_FILE, named, {})
+
+
+class LoadStateDict:
+    """Stands in for ``model.load_state_dict``: base weights are not missed where none are expected."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
+        """As the method of the class; without ``strict`` only prefix and head can be missing."""
+        attachment = require(self.model)
+        method = type(self.model).load_state_dict
+        missing, unexpected = method(self.model, state_dict, strict=strict, assign=assign)
+        ours = {attachment.state_name(name) for name in attachment.tensors(self.model)}
+        return _IncompatibleKeys([name for name in missing if name in ours], unexpected)
+
+
+def answer_for_trainer(model: PreTrainedModel) -> None:
+    """Have this instance answer ``save_pretrained`` and ``load_state_dict`` itself."""
+    model.__dict__["save_pretrained"] = SavePretrained(model)
+    model.__dict__["load_state_dict"] = LoadStateDict(model)
+
+
+def stop_answering(model: PreTrainedModel) -> None:
+    """Give both calls back to the class."""
+    for name in ("save_pretrained", "load_state_dict"):
+        model.__dict__.pop(name, None)

@@ -1,0 +1,143 @@
+"""The only module that touches what transformers does not document for users.
+
+An attention implementation is wrapped by registering a function of its own name, both as an
+attention and as a mask function. The mask function is the wrapped one, unchanged: a model that
+shares the config and has no prefix sees the very same masks as before.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from prefixkit.errors import EngineError
+
+AttentionFunction = Callable[..., tuple[torch.Tensor, Any]]
+
+MARK = "prefixkit_"
+WRAPPABLE = ("eager", "sdpa")
+"""Attention implementations whose masks the engine knows how to widen."""
+
+
+def wrap_implementation(config: PreTrainedConfig, make: Callable[[str], AttentionFunction]) -> None:
+    """Point ``config`` at the wrapped form of its attention implementation, if it is not there yet.
+
+    Raises:
+        EngineError: If the implementation cannot be wrapped.
+    """
+    name = check_wrappable(config)
+    register_implementation(name, make)
+    config._attn_implementation_internal = MARK + name
+
+
+def check_wrappable(config: PreTrainedConfig) -> str:
+    """The name of the attention implementation of ``config``, without our mark.
+
+    Raises:
+        EngineError: If it cannot be wrapped.
+    """
+    name = str(config._attn_implementation).removeprefix(MARK)
+    if name not in WRAPPABLE:
+        raise EngineError(
+            f"the attention engine cannot wrap the attention implementation {name!r}; possible: "
+            f"{', '.join(WRAPPABLE)}. Call model.set_attn_implementation('sdpa'), or pass engine='cache'"
+        )
+    return name
+
+
+def unwrap_implementation(config: PreTrainedConfig) -> None:
+    """Undo :func:`wrap_implementation`."""
+    name = str(config._attn_implementation)
+    if name.startswith(MARK):
+        config._attn_implementation_internal = name.removeprefix(MARK)
+
+
+def register_implementation(name: str, make: Callable[[str], AttentionFunction]) -> None:
+    """Make ``prefixkit_<name>`` known to transformers. Safe to repeat."""
+    if MARK + name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(MARK + name, make(name))
+        AttentionMaskInterface.register(MARK + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+
+
+def original_attention(name: str, module: nn.Module) -> AttentionFunction:
+    """The function that implementation ``name`` would have called for ``module``.
+
+    ``eager`` is in no registry: it is the function of that name beside the module's class.
+    """
+    if name != "eager":
+        function: AttentionFunction = ALL_ATTENTION_FUNCTIONS[name]
+        return function
+    for cls in type(module).__mro__:
+        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise EngineError(f"{type(module).__name__} has no eager attention function that could be wrapped")
+
+
+def uses_reentrant_checkpointing(stack: nn.Module) -> bool:
+    """Whether the stack's layers are checkpointed the reentrant way."""
+    function = getattr(stack, "_gradient_checkpointing_func", None)
+    return bool(getattr(function, "keywords", {}).get("use_reentrant", False))
+
+
+def is_checkpointing(stack: nn.Module) -> bool:
+    """Whether the next forward of ``stack`` drops activations to compute them again."""
+    return bool(getattr(stack, "gradient_checkpointing", False)) and stack.training
+
+
+def new_cache(model_config: PreTrainedConfig) -> Cache:
+    """An empty native cache, of the kind ``generate`` makes for this architecture.
+
+    The caches of an encoder-decoder grow by the layer, since ``DynamicCache(config=…)`` counts
+    encoder layers.
+    """
+    if model_config.is_encoder_decoder:
+        return EncoderDecoderCache(DynamicCache(), DynamicCache())
+    return DynamicCache(config=model_config)
+
+
+def self_and_cross(cache: Cache) -> tuple[Cache, Cache | None]:
+    """The self-attention part and the cross-attention part of a cache."""
+    if isinstance(cache, EncoderDecoderCache):
+        return cache.self_attention_cache, cache.cross_attention_cache
+    return cache, None
+
+
+def is_dynamic(cache: object) -> bool:
+    """Whether ``cache`` is a plain dynamic cache, or a pair of them, that keeps what it is given."""
+    if not isinstance(cache, Cache):
+        return False
+    parts = [part for part in self_and_cross(cache) if part is not None]
+    return all(type(part) is DynamicCache and not getattr(part, "offloading", False) for part in parts)
+
+
+def mark_prefix(cache: Cache, name: str) -> None:
+    """Remember that ``cache`` holds the prefix called ``name``; copies of the cache remember it too."""
+    cache.prefixkit_name = name
+
+
+def holds_prefix(cache: object) -> bool:
+    """Whether a prefix was put in ``cache`` by prefixkit."""
+    return getattr(cache, "prefixkit_name", None) is not None
+
+
+def set_not_updated(cache: Cache, layers: range) -> None:
+    """Have the decoder append the encoder's states to a filled cross cache, not skip them."""
+    if isinstance(cache, EncoderDecoderCache):
+        cache.is_updated.update(dict.fromkeys(layers, False))
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype in which ``module`` makes its keys: the autocast dtype, else that of its weights."""
+    weights = next(weight for weight in module.parameters() if weight.is_floating_point())
+    kind = weights.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights.dtype
+
