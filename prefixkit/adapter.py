@@ -143,8 +143,8 @@ def find_stack(model: nn.Module, landmark: str) -> str | None:
     One landmark serves every task class of an architecture, however deep it nests the stack.
 
     Example:
-        ``find_stack(model, "h.0.attn")`` is ``"transformer"`` for a ``GPT2LMHeadModel`` and
-        ``""`` for a ``GPT2Model``.
+        ``find_stack(model, "layers.0.attention")`` is ``"model"`` for a language model whose layers
+        are ``model.layers``, and ``""`` for that inner model itself.
 
     Raises:
         PluginError: If the landmark stands in more than one place.

@@ -21,7 +21,7 @@ from prefixkit.cache_engine import CacheEngine
 from prefixkit.errors import AttachmentError, UnsupportedModelError
 from prefixkit.head import head_parameters
 from prefixkit.layout import KeyValue, Layout
-from prefixkit.positions import PLACED, look_up_placed
+from prefixkit.positions import PLACED, count_positions, look_up_placed
 from prefixkit.prefix_config import PrefixConfig
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Attachment:
 
     Attributes:
         config: What the prefix is.
-        stacks: The stacks that carry it, each with only the sites that do.
+        stacks: The model's stacks, each with only the sites that carry the prefix.
         layout: All its sites, in the order of the flat prefix.
         encoder: Its parameters: a module that returns the flat prefix.
         engine: What puts it in front of the attention.
@@ -116,6 +116,9 @@ class BeforeStack:
         flat = arguments.pop(FLAT, None)
         engine = self.attachment.engine
         if not self.attachment.enabled:
+            return (), engine.off(arguments)
+        if not self.stack.sites:
+            count_positions(module, self.stack, arguments)
             return (), engine.off(arguments)
         if flat is None:
             flat = self.attachment.encoder()
@@ -199,7 +202,7 @@ def swap_head(model: nn.Module, attachment: Attachment) -> None:
 
 def _add_hooks(model: PreTrainedModel, attachment: Attachment) -> None:
     handles = attachment.handles
-    if len(attachment.stacks) > 1 and _takes_any_keyword(model):
+    if sum(bool(stack.sites) for stack in attachment.stacks) > 1 and _takes_any_keyword(model):
         handles.append(model.register_forward_pre_hook(BeforeModel(attachment), with_kwargs=True))
     for stack in attachment.stacks:
         module = model.get_submodule(stack.path)

@@ -112,8 +112,8 @@ class AttentionEngine:
         """The stack's arguments with positions moved and the state added."""
         if internals.is_checkpointing(module) and internals.uses_reentrant_checkpointing(module):
             raise EngineError(
-                "reentrant gradient checkpointing gives a prefix no gradient; enable checkpointing with "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}"
+                "reentrant gradient checkpointing gives a prefix no gradient; enable checkpointing with its "
+                "keyword arguments set to {'use_reentrant': False}"
             )
         # Again at every call: set_attn_implementation() may have been called since.
         internals.wrap_implementation(module.config, make_attention)

@@ -244,9 +244,9 @@ def installed() -> Registry:
 def plugins() -> list[PluginInfo]:
     """Every installed plugin, loaded: what it serves, or why it could not be loaded.
 
-    Example:
-        >>> import prefixkit
-        >>> [plugin.distribution for plugin in prefixkit.plugins() if "gpt2" in plugin.model_types]
-        ['prefixkit-gpt2']
+    Example::
+
+        for plugin in prefixkit.plugins():
+            print(plugin.distribution, plugin.model_types, plugin.error)
     """
     return installed().plugins()

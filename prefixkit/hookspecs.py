@@ -4,7 +4,7 @@ A plugin is a module named by an entry point of the group ``prefixkit``. The ent
 is the model type it serves::
 
     [project.entry-points.prefixkit]
-    gpt2 = "prefixkit_gpt2"
+    my-type = "my_plugin"
 
 Hooks hand over data and do nothing else. They run when a model type or a method is first asked
 for, so a plugin module must import neither torch nor transformers at its top.
@@ -34,7 +34,7 @@ def prefixkit_adapters() -> Iterable[Adapter]:
 
         @prefixkit.hookimpl
         def prefixkit_adapters():
-            yield prefixkit.Adapter(model_types=("gpt2",), stacks=stacks)
+            yield prefixkit.Adapter(model_types=("my-type",), stacks=stacks)
 
     Returns:
         :class:`~prefixkit.Adapter` objects. Two distributions that answer for one model type

@@ -45,14 +45,11 @@ def apply(
 ) -> Model:
     """Give ``model`` a trainable prefix, in place, and freeze everything else.
 
-    Example:
-        >>> import prefixkit
-        >>> from transformers import GPT2Config, GPT2LMHeadModel
-        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2,
-        ...                                    bos_token_id=0, eos_token_id=0))
-        >>> model = prefixkit.apply(model, method="p-tuning-v2", num_virtual_tokens=20)
-        >>> [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
-        [('prefixkit.default.embedding.weight', (20, 32))]
+    Example::
+
+        model = AutoModelForCausalLM.from_pretrained("path/or/name")
+        prefixkit.apply(model, method="p-tuning-v2", num_virtual_tokens=20)
+        Trainer(model=model, ...).train()
 
     Args:
         model: A transformers model of a type that a plugin serves. It keeps its class.
@@ -97,8 +94,8 @@ def apply(
         name=name,
         positions=positions,
         window=window,
-        stacks=None if stacks is None else tuple(stacks),
-        layers=None if layers is None else tuple(layers),
+        stacks=_listed("stacks", stacks, "names"),
+        layers=_listed("layers", layers, "layer numbers"),
         engine=engine,
         model_type=model_type,
         base_model_name_or_path=getattr(model.config, "_name_or_path", "") or "",
@@ -241,6 +238,12 @@ def config(model: PreTrainedModel) -> PrefixConfig:
     return require(model).config
 
 
+def _listed(field: str, values: Sequence[Any] | None, what: str) -> tuple[Any, ...] | None:
+    if isinstance(values, str | int):
+        raise ConfigError(f"{field} is {values!r}; pass a list of {what}")
+    return None if values is None else tuple(values)
+
+
 def _encoder(config: PrefixConfig, shape: PrefixShape) -> nn.Module:
     if config.folded:
         return flat_encoder(torch.zeros(shape.num_virtual_tokens, shape.width))
@@ -262,15 +265,20 @@ def _stacks(model: PreTrainedModel, adapter: Adapter) -> list[Stack]:
 
 
 def _select(model: PreTrainedModel, stacks: list[Stack], config: PrefixConfig) -> tuple[Stack, ...]:
-    """The stacks with only the sites that ``stacks=`` and ``layers=`` ask for."""
+    """The stacks with only the sites that ``stacks=`` and ``layers=`` ask for.
+
+    One that keeps none still counts its positions from the mask, so that a left-padded row equals
+    the row alone.
+    """
     every = [site for stack in stacks for site in stack.sites]
     _check_asked("stacks", config.stacks, {site.stack for site in every}, model)
     _check_asked("layers", config.layers, {site.layer for site in every}, model)
-    chosen = [replace(stack, sites=tuple(site for site in stack.sites if _asked(site, config))) for stack in stacks]
-    kept = tuple(stack for stack in chosen if stack.sites)
-    if not kept:
+    chosen = tuple(
+        replace(stack, sites=tuple(site for site in stack.sites if _asked(site, config))) for stack in stacks
+    )
+    if not any(stack.sites for stack in chosen):
         raise ConfigError(f"stacks={config.stacks} and layers={config.layers} leave no attention of {type(model).__name__}")
-    return kept
+    return chosen
 
 
 def _asked(site: Site, config: PrefixConfig) -> bool:

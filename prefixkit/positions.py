@@ -46,6 +46,13 @@ def place_positions(
     return real
 
 
+def count_positions(module: nn.Module, stack: Stack, arguments: dict[str, Any]) -> None:
+    """Positions of a stack without a prefix: not moved, but counted from the mask like the others'."""
+    cache = arguments.get("past_key_values") if stack.name == "decoder" else None
+    call = StackCall.read(arguments, cache.get_seq_length() if cache is not None else 0)
+    place_positions(module, stack, arguments, call, offset=0)
+
+
 def look_up_placed(table: nn.Embedding, arguments: Any, output: torch.Tensor) -> torch.Tensor:
     """Forward hook of a position table: the rows that were placed, ``(batch or 1, queries, dim)``."""
     rows: torch.Tensor | None = table.__dict__.pop(PLACED, None)

@@ -25,15 +25,17 @@ class PrefixEncoder(nn.Module):
         encoder_hidden_size: Width of the MLP's middle.
 
     Raises:
-        MethodError: If ``encoder_hidden_size`` is below 1.
+        MethodError: If an option has a value of the wrong kind.
     """
 
     def __init__(
         self, shape: PrefixShape, *, prefix_projection: bool, encoder_hidden_size: int = 512
     ) -> None:
         super().__init__()
-        if encoder_hidden_size < 1:
-            raise MethodError(f"encoder_hidden_size is {encoder_hidden_size}; it must be 1 or more")
+        if not isinstance(prefix_projection, bool):
+            raise MethodError(f"prefix_projection is {prefix_projection!r}; it must be True or False")
+        if type(encoder_hidden_size) is not int or encoder_hidden_size < 1:
+            raise MethodError(f"encoder_hidden_size is {encoder_hidden_size!r}; it must be a whole number of 1 or more")
         rows = shape.num_virtual_tokens
         # float32 whatever the default dtype: a half-precision prefix does not train.
         kind = {"dtype": torch.float32}
