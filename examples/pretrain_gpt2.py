@@ -97,11 +97,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 def blocks(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[dict[str, torch.Tensor]]:
     """Token ids of all texts in one stream, cut into blocks of ``BLOCK``."""
-    stream = [
-        token
-        for ids in tokenizer([END + text for text in texts])["input_ids"]
-        for token in ids
-    ]
+    stream = [token for ids in tokenizer([END + text for text in texts])["input_ids"] for token in ids]
     whole = torch.tensor(stream[: len(stream) // BLOCK * BLOCK]).view(-1, BLOCK)
     return [{"input_ids": row, "labels": row} for row in whole]
 
@@ -149,6 +145,7 @@ def main() -> None:
         train_dataset=blocks(texts, tokenizer),
     )
     trainer.train()
+    model.config.use_cache = True  # Trainer switches it off, and would have it saved so
     model.half().save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
 

@@ -58,9 +58,8 @@ class Example:
 
 def read(path: Path, source_field: str, target_field: str) -> list[tuple[str, str]]:
     """Pairs of source and target from a JSON-lines file, plain or gzip-compressed."""
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as lines:
-        rows = [json.loads(line) for line in lines if line.strip()]
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    rows = [json.loads(line) for line in content.decode().splitlines() if line.strip()]
     return [(row[source_field], row[target_field]) for row in rows]
 
 
@@ -101,9 +100,7 @@ def batches(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 
 @torch.no_grad()
-def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sources: list[str], title: str
-) -> list[str]:
+def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sources: list[str], title: str) -> list[str]:
     """The model's sentence for each source, by greedy search."""
     model.eval()
     seq2seq = model.config.is_encoder_decoder
@@ -153,6 +150,7 @@ def train(
         lr_scheduler_type="cosine",
         warmup_steps=50,
         logging_steps=50,
+        train_sampling_strategy="group_by_length",
         save_strategy="no",
         report_to=[],
         seed=arguments.seed,

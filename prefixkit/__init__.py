@@ -13,6 +13,7 @@ __version__ = "0.1.0.dev0"
 if TYPE_CHECKING:
     from prefixkit.adapter import Adapter, PositionIds, PositionTable, RelativeBias, Site, Stack, find_stack, join_path
     from prefixkit.checkpoint import load, save
+    from prefixkit.discovery import PluginInfo, plugins
     from prefixkit.errors import (
         AdapterConflictError,
         AttachmentError,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from prefixkit.lifecycle import apply, config, disabled, fold, remove, sites
     from prefixkit.method import Method, PrefixShape
     from prefixkit.native_cache import to_cache
-    from prefixkit.discovery import PluginInfo, plugins
     from prefixkit.prefix_config import PrefixConfig
 
 _HOME = {

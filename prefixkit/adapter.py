@@ -59,7 +59,7 @@ class Site:
 
     @property
     def width(self) -> int:
-        """Numbers one virtual token takes here: its keys and its values."""
+        """How many numbers one virtual token takes here, keys and values together."""
         return self.kv_heads * (self.key_dim + self.value_dim)
 
 
@@ -121,6 +121,10 @@ class Stack:
     path: str
     positions: Positions
     sites: tuple[Site, ...]
+
+    def __post_init__(self) -> None:
+        if self.name not in STACKS[:2]:
+            raise PluginError(f"stack {self.path!r}: name is {self.name!r}; possible: {', '.join(STACKS[:2])}")
 
 
 @dataclass(frozen=True, kw_only=True)

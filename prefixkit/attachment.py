@@ -7,7 +7,7 @@ model, so copying or pickling the model takes it along, whole.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from inspect import Parameter, signature
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,8 +78,9 @@ class Attachment:
         return {site.path: piece for site, piece in zip(self.layout.sites, pieces, strict=True)}
 
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds: the encoder's parameters, and the head's under ``head.``."""
-        head = head_parameters(model, self.config.head)
+        """What a checkpoint holds: the encoder's parameters, and the tuned head's under ``head.``."""
+        # While disabled, the model has its old head and the tuned one is kept aside.
+        head = head_parameters(model, self.config.head) if self.enabled else self.base_head
         return {**self.encoder.state_dict(), **{f"head.{name}": value.detach() for name, value in head.items()}}
 
     def state_name(self, name: str) -> str:
@@ -150,7 +151,9 @@ def require(model: nn.Module) -> Attachment:
     """
     attachment = find(model)
     if attachment is None:
-        raise AttachmentError(f"this {type(model).__name__} has no prefix; call prefixkit.apply or prefixkit.load first")
+        raise AttachmentError(
+            f"this {type(model).__name__} has no prefix; call prefixkit.apply or prefixkit.load first"
+        )
     return attachment
 
 
@@ -202,7 +205,7 @@ def swap_head(model: nn.Module, attachment: Attachment) -> None:
 
 def _add_hooks(model: PreTrainedModel, attachment: Attachment) -> None:
     handles = attachment.handles
-    if sum(bool(stack.sites) for stack in attachment.stacks) > 1 and _takes_any_keyword(model):
+    if sum(bool(stack.sites) for stack in attachment.stacks) > 1 and internals.takes_any_keyword(model):
         handles.append(model.register_forward_pre_hook(BeforeModel(attachment), with_kwargs=True))
     for stack in attachment.stacks:
         module = model.get_submodule(stack.path)
@@ -215,8 +218,3 @@ def _add_hooks(model: PreTrainedModel, attachment: Attachment) -> None:
             if not isinstance(table, nn.Embedding):
                 raise UnsupportedModelError(f"{stack.positions.path!r} of {stack.path!r} is no embedding table")
             handles.append(table.register_forward_hook(look_up_placed))
-
-
-def _takes_any_keyword(model: nn.Module) -> bool:
-    kinds = {parameter.kind for parameter in signature(model.forward).parameters.values()}
-    return Parameter.VAR_KEYWORD in kinds

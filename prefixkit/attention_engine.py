@@ -27,6 +27,8 @@ from prefixkit.layout import KeyValue
 from prefixkit.positions import place_positions
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from prefixkit.attachment import Attachment
 
 STATE = "prefix_state"
@@ -79,7 +81,13 @@ class AttentionEngine:
     name = "attention"
 
     def check(self, model: nn.Module, attachment: Attachment) -> None:
-        """Raise if the model's attention implementation cannot be wrapped."""
+        """Raise if the attention implementation cannot be wrapped, or a stack cannot carry the state."""
+        for stack in attachment.stacks:
+            if not internals.takes_any_keyword(model.get_submodule(stack.path)):
+                raise EngineError(
+                    f"the stack {stack.path!r} takes no further keyword arguments, so the attention engine cannot "
+                    "reach its attention; pass engine='cache'"
+                )
         for config in self._configs(model, attachment):
             internals.check_wrappable(config)
 
@@ -98,11 +106,11 @@ class AttentionEngine:
             internals.unwrap_implementation(config)
 
     @staticmethod
-    def _configs(model: nn.Module, attachment: Attachment) -> list[Any]:
+    def _configs(model: nn.Module, attachment: Attachment) -> list[PreTrainedConfig]:
         paths = [stack.path for stack in attachment.stacks] + [site.path for site in attachment.layout.sites]
-        configs: dict[int, Any] = {}
+        configs: dict[int, PreTrainedConfig] = {}
         for path in paths:
-            config = model.get_submodule(path).config
+            config = internals.config_of(model.get_submodule(path))
             configs[id(config)] = config
         return list(configs.values())
 
@@ -116,7 +124,7 @@ class AttentionEngine:
                 "keyword arguments set to {'use_reentrant': False}"
             )
         # Again at every call: set_attn_implementation() may have been called since.
-        internals.wrap_implementation(module.config, make_attention)
+        internals.wrap_implementation(internals.config_of(module), make_attention)
         cache = arguments.get("past_key_values") if stack.name == "decoder" else None
         if internals.holds_prefix(cache):
             raise EngineError(
@@ -140,17 +148,18 @@ class AttentionEngine:
         module: nn.Module, stack: Stack, attachment: Attachment, flat: torch.Tensor, real: torch.Tensor
     ) -> PrefixState:
         config = attachment.config
+        moved = real + config.num_virtual_tokens
         here = {site.path for site in stack.sites}
         pieces = zip(attachment.layout.sites, attachment.layout.split(flat), strict=True)
         state = PrefixState(
             pieces={site.path: piece for site, piece in pieces if site.path in here},
             num_virtual_tokens=config.num_virtual_tokens,
-            query_positions=real + config.num_virtual_tokens,
+            query_positions=moved,
             slide=config.window == "slide",
             dropout=config.prefix_dropout,
         )
         if isinstance(stack.positions, RelativeBias) and attachment.offset(stack):
-            state.bias = stack.positions.prefix_bias(module, state.query_positions, state.num_virtual_tokens)
+            state.bias = stack.positions.prefix_bias(module, moved, config.num_virtual_tokens)
         return state
 
 

@@ -60,7 +60,7 @@ class CacheEngine:
         tokens = attachment.config.num_virtual_tokens
         cache = arguments.get("past_key_values")
         if cache is None:
-            cache = internals.new_cache(module.config)
+            cache = internals.new_cache(internals.config_of(module))
         held = _held(cache, tokens if _has_self_sites(attachment) else 0)
         call = StackCall.read(arguments, held)
         _check_mask(arguments, call)
@@ -87,7 +87,7 @@ class CacheEngine:
     def after(self, module: nn.Module, arguments: dict[str, Any], output: Any) -> Any:
         """The stack's output, without the cache that we, not the caller, asked for."""
         asked = arguments.get("use_cache")
-        if module.config.use_cache if asked is None else asked:
+        if internals.config_of(module).use_cache if asked is None else asked:
             return output
         if isinstance(output, tuple):
             return tuple(part for part in output if not internals.holds_prefix(part))

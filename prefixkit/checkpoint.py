@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 
 from prefixkit import checkpoint_files
 from prefixkit.adapter import Adapter, Site
+from prefixkit.assembly import build, check_model
 from prefixkit.attachment import Attachment, require
 from prefixkit.errors import CheckpointError, ConfigError, MethodError
 from prefixkit.head import choose_head, head_parameters
-from prefixkit.lifecycle import build, check_model, put_on
+from prefixkit.lifecycle import put_on
 from prefixkit.prefix_config import PrefixConfig
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -64,7 +65,8 @@ def load(
     config = checkpoint_files.read_config(folder)
     if config.model_type != model_type:
         raise CheckpointError(
-            f"the prefix in {str(folder)!r} is for model type {config.model_type!r}; this {type(model).__name__} is {model_type!r}"
+            f"the prefix in {str(folder)!r} is for model type {config.model_type!r}; "
+            f"this {type(model).__name__} is {model_type!r}"
         )
     attachment = _build(model, config, adapter, folder)
     _check_sites(config.sites, attachment.layout.sites, folder)
@@ -82,7 +84,9 @@ def _build(model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None
         choose_head(model, list(config.head), ())
         return build(model, config, adapter)
     except (ConfigError, MethodError) as error:
-        raise CheckpointError(f"the prefix in {str(folder)!r} does not fit this {type(model).__name__}: {error}") from error
+        raise CheckpointError(
+            f"the prefix in {str(folder)!r} does not fit this {type(model).__name__}: {error}"
+        ) from error
 
 
 def _check_sites(saved: tuple[Site, ...], here: tuple[Site, ...], folder: Path) -> None:

@@ -1,9 +1,9 @@
 """The two files of a checkpoint.
 
 ``prefix.safetensors`` holds the numbers and, in its header, the whole configuration; it is complete
-by itself. ``prefix_config.json`` repeats the configuration for people. Each file is replaced in one
-step, the numbers first, and both carry the same ``save_id``: after a crash between the two, the
-header is believed.
+by itself. ``prefix_config.json`` repeats the configuration where people can read it, and change a
+policy. Each file is replaced in one step, the numbers first, and both carry the same ``save_id``:
+where the ids differ, after a crash between the two, the header is believed; else the JSON file.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def read_config(directory: Path) -> PrefixConfig:
     version = header.pop("format", None)
     header.pop("save_id", None)
     if version != FORMAT:
-        raise CheckpointError(f"{path} has format {version!r}; this prefixkit reads {FORMAT}. Install a newer prefixkit")
+        raise CheckpointError(
+            f"{path} has format {version!r}; this prefixkit reads {FORMAT}. Install a newer prefixkit"
+        )
     try:
         return PrefixConfig.from_dict(header)
     except ConfigError as error:

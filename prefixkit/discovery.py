@@ -112,7 +112,9 @@ class Registry:
             raise MethodError(f"two plugins bring a method {name!r}: {' and '.join(sorted(found))}; uninstall one")
         if not found:
             names = sorted(self._method_names())
-            raise MethodError(f"no method {name!r}{closest(name, names)}; installed: {', '.join(names)}{self._failures()}")
+            raise MethodError(
+                f"no method {name!r}{closest(name, names)}; installed: {', '.join(names)}{self._failures()}"
+            )
         return next(iter(found.values()))
 
     def plugins(self) -> list[PluginInfo]:
@@ -172,8 +174,7 @@ class Registry:
         if key not in self._loaded:
             try:
                 self._loaded[key] = self._register(entry.load())
-            # A plugin is foreign code: whatever it raises stops that plugin and nothing else.
-            except (Exception, SystemExit) as error:
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin stops itself and nothing else
                 self._loaded[key] = _Loaded(error=f"{type(error).__name__}: {error}")
         return self._loaded[key]
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from prefixkit.adapter import Stack
+
 TASKS_WITH_NEW_HEAD = (
     "ForSequenceClassification",
     "ForTokenClassification",
@@ -21,14 +23,14 @@ TASKS_WITH_NEW_HEAD = (
 )
 
 
-def choose_head(model: PreTrainedModel, head: str | bool | Sequence[str], sites: Iterable[str]) -> tuple[str, ...]:
+def choose_head(model: PreTrainedModel, head: str | bool | Sequence[str], stacks: Iterable[Stack]) -> tuple[str, ...]:
     """Names of the modules that train with the prefix.
 
     Args:
         model: The model.
         head: ``"auto"``: the head of a task class, never a language-model head; ``False``: none;
             or module names, taken literally.
-        sites: Paths of the attention modules, which tell the body from the head.
+        stacks: The model's stacks, which tell the body from the head.
 
     Raises:
         ConfigError: If a name is no module of the model, or ``head`` is something else.
@@ -36,7 +38,7 @@ def choose_head(model: PreTrainedModel, head: str | bool | Sequence[str], sites:
     if head is False:
         return ()
     if head == "auto":
-        return _automatic(model, list(sites))
+        return _automatic(model, stacks)
     if isinstance(head, str | bool) or not all(isinstance(name, str) for name in head):
         raise ConfigError(f"head is {head!r}; possible: 'auto', False, or a list of module names")
     names = {name for name, _ in model.named_modules() if name}
@@ -55,11 +57,11 @@ def head_parameters(model: nn.Module, head: Iterable[str]) -> dict[str, nn.Param
     }
 
 
-def _automatic(model: PreTrainedModel, sites: list[str]) -> tuple[str, ...]:
+def _automatic(model: PreTrainedModel, stacks: Iterable[Stack]) -> tuple[str, ...]:
     classes = [cls.__name__ for cls in type(model).__mro__]
     if not any(name.endswith(TASKS_WITH_NEW_HEAD) for name in classes):
         return ()
-    body = {path.split(".")[0] for path in sites}
+    body = {stack.path.split(".")[0] for stack in stacks}
     embeddings = model.get_input_embeddings()
     return tuple(
         name

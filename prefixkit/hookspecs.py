@@ -37,8 +37,9 @@ def prefixkit_adapters() -> Iterable[Adapter]:
             yield prefixkit.Adapter(model_types=("my-type",), stacks=stacks)
 
     Returns:
-        :class:`~prefixkit.Adapter` objects. Two distributions that answer for one model type
-        are an error when that type is asked for.
+        :class:`~prefixkit.Adapter` objects. A plugin whose entry point has the model type's name
+        is asked first, and alone if it answers. Two distributions that answer at the same step are
+        an error.
 
     .. versionadded:: 0.1
     """

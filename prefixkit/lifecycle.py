@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prefixkit.adapter import Adapter, Site, Stack
+from prefixkit.adapter import Adapter, Site
+from prefixkit.assembly import build, check_model, stacks_of
 from prefixkit.attachment import Attachment, find, install, require, swap_head, uninstall
-from prefixkit.attention_engine import AttentionEngine
-from prefixkit.cache_engine import CacheEngine
-from prefixkit.discovery import GUIDE, installed
-from prefixkit.errors import AttachmentError, ConfigError, MethodError, PluginError, UnsupportedModelError
+from prefixkit.discovery import installed
+from prefixkit.errors import ConfigError, MethodError
 from prefixkit.head import choose_head
 from prefixkit.layout import Layout
-from prefixkit.method import PrefixShape
 from prefixkit.prefix_config import PrefixConfig
 from prefixkit.prefix_encoder import PrefixEncoder, flat_encoder
 from prefixkit.trainer_bridge import answer_for_trainer, stop_answering
@@ -63,7 +61,7 @@ def apply(
             tokens. ``"none"``: at position 0.
         window: ``"pinned"``: every query sees the prefix. ``"slide"``: in layers with a sliding
             window it slides out of sight like ordinary context.
-        init: ``"random"``, or the flat prefix itself, ``(P, width)`` (methods without MLP).
+        init: ``"random"``, or the flat prefix itself, ``(P, width)`` (``"p-tuning-v2"`` only).
         stacks: Which of ``"encoder"``, ``"decoder"``, ``"cross"`` carry the prefix; all by default.
         layers: Which layers carry it, from 0; all by default.
         head: ``"auto"``: a task class's new head trains and is saved with the prefix; ``False``:
@@ -101,54 +99,10 @@ def apply(
         base_model_name_or_path=getattr(model.config, "_name_or_path", "") or "",
     )
     attachment = build(model, config, adapter)
-    attachment.config = replace(
-        attachment.config, head=choose_head(model, head, (site.path for site in attachment.layout.sites))
-    )
+    attachment.config = replace(attachment.config, head=choose_head(model, head, attachment.stacks))
     _initialise(attachment, init)
     put_on(model, attachment)
     return model
-
-
-def check_model(model: object) -> str:
-    """The model's type, if it is a model that can take a prefix now.
-
-    Raises:
-        UnsupportedModelError: If it is no transformers model.
-        AttachmentError: If it has a prefix already.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(
-            f"expected a transformers model, got {type(model).__name__}; pass the PreTrainedModel itself, "
-            "before it is wrapped or compiled"
-        )
-    attachment = find(model)
-    if attachment is not None:
-        raise AttachmentError(
-            f"this {type(model).__name__} already has a prefix, {attachment.config.name!r}; a model takes one at a "
-            "time: call prefixkit.remove(model) first"
-        )
-    return str(model.config.model_type)
-
-
-def build(model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None) -> Attachment:
-    """A finished attachment for ``config``, not yet on the model, which stays as it is."""
-    adapter = adapter or installed().adapter_for(config.model_type)
-    stacks = _select(model, _stacks(model, adapter), config)
-    layout = Layout(site for stack in stacks for site in stack.sites)
-    shape = PrefixShape(
-        num_virtual_tokens=config.num_virtual_tokens,
-        width=layout.width,
-        hidden_size=model.config.get_text_config().hidden_size,
-    )
-    attachment = Attachment(
-        config=replace(config, sites=layout.sites),
-        stacks=stacks,
-        layout=layout,
-        encoder=_encoder(config, shape).to(model.device),
-        engine=CacheEngine() if config.engine == "cache" else AttentionEngine(),
-    )
-    attachment.engine.check(model, attachment)
-    return attachment
 
 
 def put_on(model: PreTrainedModel, attachment: Attachment) -> None:
@@ -164,9 +118,11 @@ def remove(model: Model) -> Model:
     to keep.
 
     Raises:
-        AttachmentError: If the model has no prefix.
+        AttachmentError: If the model has no prefix, or inside :func:`disabled`.
     """
     attachment = require(model)
+    if not attachment.enabled:
+        raise AttachmentError("remove the prefix outside of prefixkit.disabled")
     stop_answering(model)
     uninstall(model, attachment)
     return model
@@ -226,7 +182,7 @@ def sites(model: PreTrainedModel) -> list[Site]:
     if attachment is not None:
         return list(attachment.layout.sites)
     adapter = installed().adapter_for(check_model(model))
-    return list(Layout(site for stack in _stacks(model, adapter) for site in stack.sites).sites)
+    return list(Layout(site for stack in stacks_of(model, adapter) for site in stack.sites).sites)
 
 
 def config(model: PreTrainedModel) -> PrefixConfig:
@@ -244,56 +200,6 @@ def _listed(field: str, values: Sequence[Any] | None, what: str) -> tuple[Any, .
     return None if values is None else tuple(values)
 
 
-def _encoder(config: PrefixConfig, shape: PrefixShape) -> nn.Module:
-    if config.folded:
-        return flat_encoder(torch.zeros(shape.num_virtual_tokens, shape.width))
-    return installed().method(config.method).build(shape, config.method_options)
-
-
-def _stacks(model: PreTrainedModel, adapter: Adapter) -> list[Stack]:
-    """The adapter's stacks, checked against the modules of the model."""
-    stacks = list(adapter.stacks(model))
-    if not any(stack.sites for stack in stacks):
-        raise UnsupportedModelError(
-            f"the adapter for {model.config.model_type!r} finds no attention in this {type(model).__name__}; see {GUIDE}"
-        )
-    names = {name for name, _ in model.named_modules()}
-    for path in [path for stack in stacks for path in (stack.path, *(site.path for site in stack.sites))]:
-        if path not in names:
-            raise PluginError(f"the adapter for {model.config.model_type!r} names {path!r}, which {type(model).__name__} lacks")
-    return stacks
-
-
-def _select(model: PreTrainedModel, stacks: list[Stack], config: PrefixConfig) -> tuple[Stack, ...]:
-    """The stacks with only the sites that ``stacks=`` and ``layers=`` ask for.
-
-    One that keeps none still counts its positions from the mask, so that a left-padded row equals
-    the row alone.
-    """
-    every = [site for stack in stacks for site in stack.sites]
-    _check_asked("stacks", config.stacks, {site.stack for site in every}, model)
-    _check_asked("layers", config.layers, {site.layer for site in every}, model)
-    chosen = tuple(
-        replace(stack, sites=tuple(site for site in stack.sites if _asked(site, config))) for stack in stacks
-    )
-    if not any(stack.sites for stack in chosen):
-        raise ConfigError(f"stacks={config.stacks} and layers={config.layers} leave no attention of {type(model).__name__}")
-    return chosen
-
-
-def _asked(site: Site, config: PrefixConfig) -> bool:
-    by_stack = config.stacks is None or site.stack in config.stacks
-    return by_stack and (config.layers is None or site.layer in config.layers)
-
-
-def _check_asked(field: str, asked: Iterable[Any] | None, present: set[Any], model: nn.Module) -> None:
-    missing = [value for value in asked or () if value not in present]
-    if missing or (asked is not None and not tuple(asked)):
-        raise ConfigError(
-            f"{field} asks for {missing or 'nothing'}, and {type(model).__name__} has {', '.join(map(str, sorted(present)))}"
-        )
-
-
 def _initialise(attachment: Attachment, init: str | torch.Tensor) -> None:
     if isinstance(init, str):
         if init != "random":
@@ -302,8 +208,8 @@ def _initialise(attachment: Attachment, init: str | torch.Tensor) -> None:
     encoder = attachment.encoder
     if not isinstance(encoder, PrefixEncoder) or encoder.transform is not None:
         raise MethodError(
-            f"method {attachment.config.method!r} computes its prefix through an MLP and cannot start from a given "
-            "one; use method='p-tuning-v2'"
+            f"method {attachment.config.method!r} computes its prefix and cannot start from a given one; "
+            "use method='p-tuning-v2'"
         )
     expected = (attachment.config.num_virtual_tokens, attachment.layout.width)
     if tuple(init.shape) != expected:

@@ -53,7 +53,7 @@ def count_positions(module: nn.Module, stack: Stack, arguments: dict[str, Any]) 
     place_positions(module, stack, arguments, call, offset=0)
 
 
-def look_up_placed(table: nn.Embedding, arguments: Any, output: torch.Tensor) -> torch.Tensor:
+def look_up_placed(table: nn.Embedding, _: Any, output: torch.Tensor) -> torch.Tensor:
     """Forward hook of a position table: the rows that were placed, ``(batch or 1, queries, dim)``."""
     rows: torch.Tensor | None = table.__dict__.pop(PLACED, None)
     if rows is None:

@@ -60,7 +60,9 @@ class PrefixConfig:
         for stack in self.stacks or ():
             _one_of("stacks", stack, STACKS)
         if not isinstance(self.name, str) or not self.name.isidentifier():
-            raise ConfigError(f"name is {self.name!r}; it must be a Python identifier, since it becomes a module's name")
+            raise ConfigError(
+                f"name is {self.name!r}; it must be a Python identifier, since it becomes a module's name"
+            )
         dropout = self.prefix_dropout
         if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise ConfigError(f"prefix_dropout is {dropout!r}; it must be at least 0 and below 1")

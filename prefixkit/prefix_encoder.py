@@ -28,27 +28,25 @@ class PrefixEncoder(nn.Module):
         MethodError: If an option has a value of the wrong kind.
     """
 
-    def __init__(
-        self, shape: PrefixShape, *, prefix_projection: bool, encoder_hidden_size: int = 512
-    ) -> None:
+    def __init__(self, shape: PrefixShape, *, prefix_projection: bool, encoder_hidden_size: int = 512) -> None:
         super().__init__()
         if not isinstance(prefix_projection, bool):
             raise MethodError(f"prefix_projection is {prefix_projection!r}; it must be True or False")
         if type(encoder_hidden_size) is not int or encoder_hidden_size < 1:
             raise MethodError(f"encoder_hidden_size is {encoder_hidden_size!r}; it must be a whole number of 1 or more")
         rows = shape.num_virtual_tokens
-        # float32 whatever the default dtype: a half-precision prefix does not train.
-        kind = {"dtype": torch.float32}
+        # Whatever the default dtype: a half-precision prefix does not train.
+        dtype = torch.float32
         self.transform: nn.Sequential | None = None
         if not prefix_projection:
-            self.embedding = nn.Embedding(rows, shape.width, **kind)
+            self.embedding = nn.Embedding(rows, shape.width, dtype=dtype)
             nn.init.normal_(self.embedding.weight, std=FLAT_STD)
             return
-        self.embedding = nn.Embedding(rows, shape.hidden_size, **kind)
+        self.embedding = nn.Embedding(rows, shape.hidden_size, dtype=dtype)
         self.transform = nn.Sequential(
-            nn.Linear(shape.hidden_size, encoder_hidden_size, **kind),
+            nn.Linear(shape.hidden_size, encoder_hidden_size, dtype=dtype),
             nn.Tanh(),
-            nn.Linear(encoder_hidden_size, shape.width, **kind),
+            nn.Linear(encoder_hidden_size, shape.width, dtype=dtype),
         )
 
     def forward(self) -> torch.Tensor:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -23,8 +24,18 @@ from prefixkit.errors import EngineError
 AttentionFunction = Callable[..., tuple[torch.Tensor, Any]]
 
 MARK = "prefixkit_"
+HELD = "prefixkit_name"
+"""The attribute of a cache that names the prefix in it."""
 WRAPPABLE = ("eager", "sdpa")
 """Attention implementations whose masks the engine knows how to widen."""
+
+
+def config_of(module: nn.Module) -> PreTrainedConfig:
+    """The config that ``module`` reads its settings from."""
+    config = module.config
+    if not isinstance(config, PreTrainedConfig):
+        raise EngineError(f"{type(module).__name__} has no transformers config")
+    return config
 
 
 def wrap_implementation(config: PreTrainedConfig, make: Callable[[str], AttentionFunction]) -> None:
@@ -76,10 +87,16 @@ def original_attention(name: str, module: nn.Module) -> AttentionFunction:
         function: AttentionFunction = ALL_ATTENTION_FUNCTIONS[name]
         return function
     for cls in type(module).__mro__:
-        function = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
-        if function is not None:
-            return function
+        beside: AttentionFunction | None = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
+        if beside is not None:
+            return beside
     raise EngineError(f"{type(module).__name__} has no eager attention function that could be wrapped")
+
+
+def takes_any_keyword(module: nn.Module) -> bool:
+    """Whether the module's ``forward`` accepts keyword arguments it does not name."""
+    kinds = {parameter.kind for parameter in signature(module.forward).parameters.values()}
+    return Parameter.VAR_KEYWORD in kinds
 
 
 def uses_reentrant_checkpointing(stack: nn.Module) -> bool:
@@ -121,12 +138,12 @@ def is_dynamic(cache: object) -> bool:
 
 def mark_prefix(cache: Cache, name: str) -> None:
     """Remember that ``cache`` holds the prefix called ``name``; copies of the cache remember it too."""
-    cache.prefixkit_name = name
+    setattr(cache, HELD, name)
 
 
 def holds_prefix(cache: object) -> bool:
     """Whether a prefix was put in ``cache`` by prefixkit."""
-    return getattr(cache, "prefixkit_name", None) is not None
+    return getattr(cache, HELD, None) is not None
 
 
 def set_not_updated(cache: Cache, layers: range) -> None:
@@ -140,4 +157,3 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
     weights = next(weight for weight in module.parameters() if weight.is_floating_point())
     kind = weights.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights.dtype
-

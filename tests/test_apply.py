@@ -37,7 +37,11 @@ CASES = [
     ({"prefix_dropout": 1.0}, ConfigError, "prefix_dropout is 1.0; it must be at least 0 and below 1"),
     ({"stacks": ["cross"]}, ConfigError, "stacks asks for ['cross'], and GPT2LMHeadModel has decoder"),
     ({"stacks": []}, ConfigError, "stacks asks for nothing, and GPT2LMHeadModel has decoder"),
-    ({"stacks": ["decodr"]}, ConfigError, "stacks is 'decodr' (did you mean 'decoder'?); possible: encoder, decoder, cross"),
+    (
+        {"stacks": ["decodr"]},
+        ConfigError,
+        "stacks is 'decodr' (did you mean 'decoder'?); possible: encoder, decoder, cross",
+    ),
     ({"stacks": "decoder"}, ConfigError, "stacks is 'decoder'; pass a list of names"),
     ({"layers": [0, 7]}, ConfigError, "layers asks for [7], and GPT2LMHeadModel has 0, 1, 2"),
     ({"layers": 1}, ConfigError, "layers is 1; pass a list of layer numbers"),
@@ -46,11 +50,14 @@ CASES = [
     (
         {"init": torch.zeros(4, 192), "method": "prefix-tuning"},
         MethodError,
-        "method 'prefix-tuning' computes its prefix through an MLP and cannot start from a given one; "
-        "use method='p-tuning-v2'",
+        "method 'prefix-tuning' computes its prefix and cannot start from a given one; use method='p-tuning-v2'",
     ),
     ({"head": "score"}, ConfigError, "head is 'score'; possible: 'auto', False, or a list of module names"),
-    ({"head": ["lm_haed"]}, ConfigError, "head names 'lm_haed', which GPT2LMHeadModel does not have (did you mean 'lm_head'?)"),
+    (
+        {"head": ["lm_haed"]},
+        ConfigError,
+        "head names 'lm_haed', which GPT2LMHeadModel does not have (did you mean 'lm_head'?)",
+    ),
     (
         {"engine": "cache", "layers": [0]},
         EngineError,
@@ -169,7 +176,7 @@ def test_a_wrong_adapter():
 def test_apply_that_fails_half_way_is_undone(monkeypatch):
     model = tiny.make("bart")
     before = state(model)
-    monkeypatch.setattr("prefixkit.attachment._takes_any_keyword", lambda model: 1 / 0)
+    monkeypatch.setattr("prefixkit.attachment._add_hooks", lambda model, attachment: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prefixkit.apply(model, num_virtual_tokens=4)
     assert_same(before, state(model))
@@ -188,3 +195,42 @@ def test_prefix_projection_is_the_whole_difference():
         "transform.2.weight": (192, 7),
         "transform.2.bias": (192,),
     }
+
+
+def test_a_method_that_gives_another_shape(monkeypatch):
+    class Short(torch.nn.Module):
+        def forward(self):
+            return torch.zeros(1, 3)
+
+    method = prefixkit.Method(name="short", build=lambda shape, options: Short(), options={})
+    monkeypatch.setattr("prefixkit.discovery.Registry.method", lambda self, name: method)
+    with pytest.raises(MethodError) as caught:
+        prefixkit.apply(tiny.make("gpt2"), method="short", num_virtual_tokens=4)
+    assert str(caught.value) == "method 'short' gives a prefix of (1, 3); this model needs (4, 192)"
+
+
+def test_a_model_without_the_landmark():
+    def stacks(model):
+        yield Stack(
+            name="decoder", path=prefixkit.find_stack(model, "no.such"), positions=prefixkit.PositionIds(), sites=()
+        )
+
+    with pytest.raises(
+        prefixkit.UnsupportedModelError, match="^the adapter for 'gpt2' finds no attention in this GPT2LM"
+    ):
+        prefixkit.apply(tiny.make("gpt2"), num_virtual_tokens=4, adapter=Adapter(model_types=("gpt2",), stacks=stacks))
+    with pytest.raises(PluginError, match="^stack '': name is 'middle'; possible: encoder, decoder$"):
+        Stack(name="middle", path="", positions=prefixkit.PositionIds(), sites=())
+
+
+def test_a_stack_that_hands_nothing_down_is_refused_before_the_first_forward():
+    model = tiny.make("gpt2")
+    before = state(model)
+    forward = model.transformer.forward
+    model.transformer.forward = lambda input_ids=None, attention_mask=None: forward(
+        input_ids, attention_mask=attention_mask
+    )
+    with pytest.raises(EngineError, match="^the stack 'transformer' takes no further keyword arguments"):
+        prefixkit.apply(model, num_virtual_tokens=4)
+    del model.transformer.forward
+    assert_same(before, state(model))

@@ -175,3 +175,35 @@ def test_head_can_stay_frozen_or_be_named():
     prefixkit.apply(model, num_virtual_tokens=TOKENS, head=["transformer.ln_f"])
     assert model.transformer.ln_f.weight.requires_grad
     assert not model.score.weight.requires_grad
+
+
+def test_the_body_is_never_taken_for_the_head():
+    model = T5ForQuestionAnswering(tiny.t5())
+    prefixkit.apply(model, num_virtual_tokens=TOKENS, engine="cache", stacks=["decoder", "cross"])
+    assert prefixkit.config(model).head == ("qa_outputs",)
+
+
+def test_saving_while_disabled_saves_the_tuned_head(tmp_path):
+    torch.manual_seed(0)
+    model = GPT2ForSequenceClassification(tiny.gpt2())
+    prefixkit.apply(model, num_virtual_tokens=TOKENS)
+    with torch.no_grad():
+        model.score.weight.add_(1.0)
+    tuned = model.score.weight.detach().clone()
+    with prefixkit.disabled(model):
+        prefixkit.save(model, tmp_path)
+    prefixkit.load(prefixkit.remove(model), tmp_path)
+    assert torch.equal(model.score.weight, tuned)
+
+
+def test_removing_while_disabled_gives_the_base_back():
+    model = GPT2ForSequenceClassification(tiny.gpt2())
+    base = model.score.weight.detach().clone()
+    prefixkit.apply(model, num_virtual_tokens=TOKENS)
+    with torch.no_grad():
+        model.score.weight.add_(1.0)
+    with pytest.raises(prefixkit.AttachmentError, match="^remove the prefix outside of prefixkit.disabled"):
+        with prefixkit.disabled(model):
+            prefixkit.remove(model)
+    prefixkit.remove(model)
+    assert torch.equal(model.score.weight, base)

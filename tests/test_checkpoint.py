@@ -243,7 +243,10 @@ def test_wrong_tensors(tmp_path):
     weight = model.prefixkit.default.embedding.weight.detach()
     for tensors, message in [
         ({}, "tensor 'embedding.weight' in .* is missing; this model needs .*"),
-        ({"embedding.weight": weight[:2]}, r"tensor 'embedding.weight' in .* is \(2, 192\); this model needs \(4, 192\)"),
+        (
+            {"embedding.weight": weight[:2]},
+            r"tensor 'embedding.weight' in .* is \(2, 192\); this model needs \(4, 192\)",
+        ),
         (
             {"embedding.weight": weight, "more": torch.zeros(2)},
             r"tensor 'more' in .* is \(2,\); this model needs no such tensor",

@@ -67,7 +67,11 @@ def unknown(registry, model_type):
 
 def test_unknown_type_lists_what_is_installed_and_what_failed(plugin):
     registry = Registry(
-        lambda: [plugin("one", GOOD.format(types=("one",))), plugin("x", "raise ValueError('no luck')"), plugin("y", "")]
+        lambda: [
+            plugin("one", GOOD.format(types=("one",))),
+            plugin("x", "raise ValueError('no luck')"),
+            plugin("y", ""),
+        ]
     )
     message = unknown(registry, "on")
     assert re.fullmatch(
@@ -195,5 +199,7 @@ def test_the_installed_plugins():
 def test_an_adapter_can_be_given():
     model = tiny.make("gpt2")
     adapter = Adapter(model_types=("other",), stacks=lambda model: [])
-    with pytest.raises(prefixkit.UnsupportedModelError, match="^the adapter for 'gpt2' finds no attention in this GPT2"):
+    with pytest.raises(
+        prefixkit.UnsupportedModelError, match="^the adapter for 'gpt2' finds no attention in this GPT2"
+    ):
         prefixkit.apply(model, num_virtual_tokens=2, adapter=adapter)

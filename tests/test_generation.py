@@ -31,7 +31,9 @@ def recompute(model, ids, mask=None):
         if model.config.is_encoder_decoder:
             arguments = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": out}
         else:
-            longer = None if mask is None else torch.cat([mask, mask.new_ones(len(ids), out.shape[1] - ids.shape[1])], 1)
+            longer = (
+                None if mask is None else torch.cat([mask, mask.new_ones(len(ids), out.shape[1] - ids.shape[1])], 1)
+            )
             arguments = {"input_ids": out, "attention_mask": longer}
         scores = tiny.logits(model, **arguments, use_cache=False)[:, -1]
         out = torch.cat([out, scores.argmax(-1, keepdim=True)], dim=1)

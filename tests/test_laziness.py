@@ -23,7 +23,9 @@ def test_import_brings_neither_torch_nor_transformers(module):
 
 
 def test_listing_plugins_brings_neither():
-    code = "import sys, prefixkit; prefixkit.plugins(); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, prefixkit; prefixkit.plugins(); sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -39,7 +41,9 @@ def test_no_architecture_is_named_in_the_core():
 
 
 def test_only_one_module_touches_what_transformers_hides():
-    hidden = re.compile(r"\._attn_implementation|_gradient_checkpointing_func|masking_utils|ALL_ATTENTION|modeling_utils")
+    hidden = re.compile(
+        r"\._attn_implementation|_gradient_checkpointing_func|masking_utils|ALL_ATTENTION|modeling_utils"
+    )
     users = {path.name for path in PACKAGE.rglob("*.py") if hidden.search(path.read_text())}
     assert users == {"transformers_internals.py"}
 

@@ -75,9 +75,7 @@ def test_cache_engine(name, positions):
     prefix = cut(model, flat, stacks, positions == "shift")
     inputs = tiny.inputs(model, batch=1)
     expected = reference.LOGITS[name](model, inputs["input_ids"][0], inputs["decoder_input_ids"][0], prefix)
-    prefixkit.apply(
-        model, num_virtual_tokens=TOKENS, stacks=stacks, positions=positions, init=flat, engine="cache"
-    )
+    prefixkit.apply(model, num_virtual_tokens=TOKENS, stacks=stacks, positions=positions, init=flat, engine="cache")
     torch.testing.assert_close(tiny.logits(model, **inputs)[0], expected, atol=1e-6, rtol=0)
 
 

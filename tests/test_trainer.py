@@ -94,7 +94,13 @@ def test_checkpoints_hold_prefix_and_head_only(tmp_path):
 def test_best_model_at_end(tmp_path, caplog):
     model = fresh("p-tuning-v2")
     run = trainer(
-        model, tmp_path, eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True, learning_rate=3.0
+        model,
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_steps=1,
+        load_best_model_at_end=True,
+        learning_rate=3.0,
     )
     run.train()
     best = safetensors.torch.load_file(f"{run.state.best_model_checkpoint}/model.safetensors")

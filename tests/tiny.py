@@ -18,6 +18,10 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import AttentionInterface
+
+import prefixkit
 
 VOCAB = 61
 PAD = 1
@@ -117,3 +121,25 @@ def left_pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         ids[index, longest - len(row) :] = row
         mask[index, longest - len(row) :] = 1
     return ids, mask
+
+
+def attention_calls(model: PreTrainedModel) -> set[tuple[str, int, int, int]]:
+    """What a forward pass really called: module path, heads of K and V, their dims."""
+    names = {id(module): name for name, module in model.named_modules()}
+    calls = set()
+
+    def record(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
+        calls.add((names[id(module)], key.shape[1], key.shape[3], value.shape[3]))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("sdpa", record)
+    try:
+        logits(model, **inputs(model))
+    finally:
+        AttentionInterface.register("sdpa", sdpa_attention_forward)
+    return calls
+
+
+def stated_sites(model: PreTrainedModel) -> set[tuple[str, int, int, int]]:
+    """What the adapter says of the same."""
+    return {(site.path, site.kv_heads, site.key_dim, site.value_dim) for site in prefixkit.sites(model)}

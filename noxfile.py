@@ -1,0 +1,95 @@
+"""The menu of checks: ``nox -l``. Each runs in the environment that requirements.txt made."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "none"  # torch once, not once per session
+nox.options.sessions = ["lint", "types", "tests", "docs"]
+
+VERSIONS = ["5.15.0", "5.23.0"]
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff: style and formatting."""
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Mypy, strict, on the package."""
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The default test suite; arguments after ``--`` go to pytest."""
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """The tests marked slow, and all property tests with many more examples."""
+    session.run("pytest", "-m", "slow or not slow", *session.posargs, env={"HYPOTHESIS_PROFILE": "thorough"})
+
+
+@nox.session
+@nox.parametrize("transformers", VERSIONS)
+def versions(session: nox.Session, transformers: str) -> None:
+    """The suite on other versions of transformers, laid over the one torch."""
+    overlay = Path(".nox") / f"transformers-{transformers}"
+    if not overlay.exists():
+        session.run(
+            *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(overlay)),
+            f"transformers=={transformers}",
+        )
+    session.run("pytest", *session.posargs, env={"PYTHONPATH": str(overlay)})
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site; a warning is an error."""
+    session.run("sphinx-build", "-n", "-W", "--keep-going", "-q", "docs", "docs/_build/html")
+
+
+@nox.session
+def example(session: nox.Session) -> None:
+    """The main job on real text, compared with full fine-tuning (about ten minutes)."""
+    session.run("python", "examples/table_to_text.py", "--compare", *session.posargs)
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build the wheels and try them without the sources."""
+    shutil.rmtree("dist", ignore_errors=True)
+    for folder in [Path(), *sorted(Path("plugins").iterdir())]:
+        session.run(
+            *(
+                sys.executable,
+                "-m",
+                "pip",
+                "wheel",
+                "--quiet",
+                "--no-deps",
+                "--wheel-dir",
+                "dist",
+                str(folder.resolve()),
+            )
+        )
+    target = Path("dist/installed")
+    session.run(
+        *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)),
+        *map(str, sorted(Path("dist").glob("*.whl"))),
+    )
+    names = {path.name for path in target.iterdir() if not path.name.startswith("__")}
+    extra = {name for name in names if not name.startswith("prefixkit")}
+    if extra:
+        session.error(f"the wheels bring more than the packages: {sorted(extra)}")
+    code = "import prefixkit; print([plugin.distribution for plugin in prefixkit.plugins() if not plugin.error])"
+    session.run("python", "-P", "-c", code, env={"PYTHONPATH": str(target.resolve())})

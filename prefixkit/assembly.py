@@ -1,0 +1,123 @@
+"""From a configuration to a finished attachment, checked against the model, which stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from prefixkit.adapter import Adapter, Site, Stack
+from prefixkit.attachment import Attachment, find
+from prefixkit.attention_engine import AttentionEngine
+from prefixkit.cache_engine import CacheEngine
+from prefixkit.discovery import GUIDE, installed
+from prefixkit.errors import AttachmentError, ConfigError, MethodError, PluginError, UnsupportedModelError
+from prefixkit.layout import Layout
+from prefixkit.method import PrefixShape
+from prefixkit.prefix_config import PrefixConfig
+from prefixkit.prefix_encoder import flat_encoder
+
+
+def check_model(model: object) -> str:
+    """The model's type, if it is a model that can take a prefix now.
+
+    Raises:
+        UnsupportedModelError: If it is no transformers model.
+        AttachmentError: If it has a prefix already.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"expected a transformers model, got {type(model).__name__}; pass the PreTrainedModel itself, "
+            "before it is wrapped or compiled"
+        )
+    attachment = find(model)
+    if attachment is not None:
+        raise AttachmentError(
+            f"this {type(model).__name__} already has a prefix, {attachment.config.name!r}; a model takes one at a "
+            "time: call prefixkit.remove(model) first"
+        )
+    return str(model.config.model_type)
+
+
+def build(model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None) -> Attachment:
+    """A finished attachment for ``config``, not yet on the model, which stays as it is."""
+    adapter = adapter or installed().adapter_for(config.model_type)
+    stacks = _select(model, stacks_of(model, adapter), config)
+    layout = Layout(site for stack in stacks for site in stack.sites)
+    shape = PrefixShape(
+        num_virtual_tokens=config.num_virtual_tokens,
+        width=layout.width,
+        hidden_size=model.config.get_text_config().hidden_size,
+    )
+    attachment = Attachment(
+        config=replace(config, sites=layout.sites),
+        stacks=stacks,
+        layout=layout,
+        encoder=_encoder(config, shape).to(model.device),
+        engine=CacheEngine() if config.engine == "cache" else AttentionEngine(),
+    )
+    attachment.engine.check(model, attachment)
+    return attachment
+
+
+def _encoder(config: PrefixConfig, shape: PrefixShape) -> nn.Module:
+    if config.folded:
+        return flat_encoder(torch.zeros(shape.num_virtual_tokens, shape.width))
+    encoder = installed().method(config.method).build(shape, config.method_options)
+    with torch.no_grad():
+        given, expected = tuple(encoder().shape), (shape.num_virtual_tokens, shape.width)
+    if given != expected:
+        raise MethodError(f"method {config.method!r} gives a prefix of {given}; this model needs {expected}")
+    return encoder
+
+
+def stacks_of(model: PreTrainedModel, adapter: Adapter) -> list[Stack]:
+    """The adapter's stacks, checked against the modules of the model."""
+    stacks = list(adapter.stacks(model))
+    if not any(stack.sites for stack in stacks) or any(stack.path is None for stack in stacks):
+        raise UnsupportedModelError(
+            f"the adapter for {model.config.model_type!r} finds no attention in this {type(model).__name__}; "
+            f"see {GUIDE}"
+        )
+    names = {name for name, _ in model.named_modules()}
+    for path in [path for stack in stacks for path in (stack.path, *(site.path for site in stack.sites))]:
+        if path not in names:
+            raise PluginError(
+                f"the adapter for {model.config.model_type!r} names {path!r}, which {type(model).__name__} lacks"
+            )
+    return stacks
+
+
+def _select(model: PreTrainedModel, stacks: list[Stack], config: PrefixConfig) -> tuple[Stack, ...]:
+    """The stacks with only the sites that ``stacks=`` and ``layers=`` ask for.
+
+    One that keeps none still counts its positions from the mask, so that a left-padded row equals
+    the row alone.
+    """
+    every = [site for stack in stacks for site in stack.sites]
+    _check_asked("stacks", config.stacks, {site.stack for site in every}, model)
+    _check_asked("layers", config.layers, {site.layer for site in every}, model)
+    chosen = tuple(
+        replace(stack, sites=tuple(site for site in stack.sites if _asked(site, config))) for stack in stacks
+    )
+    if not any(stack.sites for stack in chosen):
+        raise ConfigError(
+            f"stacks={config.stacks} and layers={config.layers} leave no attention of {type(model).__name__}"
+        )
+    return chosen
+
+
+def _asked(site: Site, config: PrefixConfig) -> bool:
+    by_stack = config.stacks is None or site.stack in config.stacks
+    return by_stack and (config.layers is None or site.layer in config.layers)
+
+
+def _check_asked(field: str, asked: Iterable[Any] | None, present: set[Any], model: nn.Module) -> None:
+    missing = [value for value in asked or () if value not in present]
+    if missing or (asked is not None and not tuple(asked)):
+        has = ", ".join(map(str, sorted(present)))
+        raise ConfigError(f"{field} asks for {missing or 'nothing'}, and {type(model).__name__} has {has}")
