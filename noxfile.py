@@ -69,19 +69,8 @@ def wheels(session: nox.Session) -> None:
     """Build the wheels and try them without the sources."""
     shutil.rmtree("dist", ignore_errors=True)
     for folder in [Path(), *sorted(Path("plugins").iterdir())]:
-        session.run(
-            *(
-                sys.executable,
-                "-m",
-                "pip",
-                "wheel",
-                "--quiet",
-                "--no-deps",
-                "--wheel-dir",
-                "dist",
-                str(folder.resolve()),
-            )
-        )
+        build = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", "dist")
+        session.run(*build, str(folder.resolve()))
     target = Path("dist/installed")
     session.run(
         *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)),

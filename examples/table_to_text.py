@@ -44,7 +44,7 @@ import prefixkit
 
 HERE = Path(__file__).parent
 
-LEARNING_RATES = {"p-tuning-v2": 2e-2, "prefix-tuning": 2e-3, "full": 1e-3}
+LEARNING_RATES = {"p-tuning-v2": 1e-1, "prefix-tuning": 4e-3, "full": 1e-3}
 """A flat prefix wants a far higher learning rate than an MLP or the model's own weights."""
 
 

@@ -15,7 +15,7 @@ from prefixkit.adapter import Adapter, Site
 from prefixkit.assembly import build, check_model, stacks_of
 from prefixkit.attachment import Attachment, find, install, require, swap_head, uninstall
 from prefixkit.discovery import installed
-from prefixkit.errors import ConfigError, MethodError
+from prefixkit.errors import AttachmentError, ConfigError, MethodError
 from prefixkit.head import choose_head
 from prefixkit.layout import Layout
 from prefixkit.prefix_config import PrefixConfig

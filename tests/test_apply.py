@@ -211,14 +211,12 @@ def test_a_method_that_gives_another_shape(monkeypatch):
 
 def test_a_model_without_the_landmark():
     def stacks(model):
-        yield Stack(
-            name="decoder", path=prefixkit.find_stack(model, "no.such"), positions=prefixkit.PositionIds(), sites=()
-        )
+        path = prefixkit.find_stack(model, "no.such")
+        yield Stack(name="decoder", path=path, positions=prefixkit.PositionIds(), sites=())
 
-    with pytest.raises(
-        prefixkit.UnsupportedModelError, match="^the adapter for 'gpt2' finds no attention in this GPT2LM"
-    ):
-        prefixkit.apply(tiny.make("gpt2"), num_virtual_tokens=4, adapter=Adapter(model_types=("gpt2",), stacks=stacks))
+    adapter = Adapter(model_types=("gpt2",), stacks=stacks)
+    with pytest.raises(prefixkit.UnsupportedModelError, match="^the adapter for 'gpt2' finds no attention in this"):
+        prefixkit.apply(tiny.make("gpt2"), num_virtual_tokens=4, adapter=adapter)
     with pytest.raises(PluginError, match="^stack '': name is 'middle'; possible: encoder, decoder$"):
         Stack(name="middle", path="", positions=prefixkit.PositionIds(), sites=())
 

@@ -202,8 +202,8 @@ def test_removing_while_disabled_gives_the_base_back():
     prefixkit.apply(model, num_virtual_tokens=TOKENS)
     with torch.no_grad():
         model.score.weight.add_(1.0)
-    with pytest.raises(prefixkit.AttachmentError, match="^remove the prefix outside of prefixkit.disabled"):
-        with prefixkit.disabled(model):
-            prefixkit.remove(model)
+    message = "^remove the prefix outside of prefixkit.disabled"
+    with pytest.raises(prefixkit.AttachmentError, match=message), prefixkit.disabled(model):
+        prefixkit.remove(model)
     prefixkit.remove(model)
     assert torch.equal(model.score.weight, base)

@@ -29,9 +29,9 @@ def run(*arguments):
     return done.stdout
 
 
-@pytest.mark.parametrize("method", ["p-tuning-v2", "prefix-tuning"])
+@pytest.mark.parametrize("method", ["p-tuning-v2", pytest.param("prefix-tuning", marks=pytest.mark.slow)])
 def test_embedded_model(method, tmp_path):
-    out = run("--method", method, "--max-train", 48, "--max-test", 6, "--epochs", 1, "--output", tmp_path)
+    out = run("--method", method, "--max-train", 32, "--max-test", 6, "--epochs", 1, "--output", tmp_path)
     assert re.search(r"BLEU on 6 test inputs: \d+\.\d before, \d+\.\d after", out)
     assert out.count("  generated  ") == 3
     assert "it generates the same sentences" in out
