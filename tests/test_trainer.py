@@ -16,6 +16,13 @@ pytestmark = [
 ]
 
 
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+
+
 class StopAfter(TrainerCallback):
     def __init__(self, steps):
         self.steps = steps
@@ -62,7 +69,7 @@ def prefix_of(model):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", ["p-tuning-v2", "prefix-tuning"])
 def test_resume_ends_where_an_uninterrupted_run_ends(method, checkpointing, tmp_path):
-    options = {"activation_checkpointing": checkpointing}
+    options = {CHECKPOINTING: checkpointing}
     whole = fresh(method)
     start = prefix_of(whole)
     trainer(whole, tmp_path / "whole", **options).train()

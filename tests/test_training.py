@@ -65,7 +65,7 @@ def test_checkpointing_gives_equal_gradients(name, method):
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            tiny.enable_checkpointing(model)
         model.zero_grad()
         (loss(model, **first, use_cache=False) + 2 * loss(model, **second, use_cache=False)).backward()
         gradients.append([value.grad.clone() for value in model.prefixkit.parameters()])
@@ -80,7 +80,7 @@ def test_dropout_of_the_prefix_survives_checkpointing():
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            tiny.enable_checkpointing(model)
         model.zero_grad()
         torch.manual_seed(0)
         loss(model, **tiny.inputs(model), use_cache=False).backward()
@@ -96,7 +96,7 @@ def test_checkpointing_that_cannot_work_is_refused(engine):
     model = tiny.make("gpt2")
     prefixkit.apply(model, num_virtual_tokens=TOKENS, engine=engine)
     model.train()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    tiny.enable_checkpointing(model, reentrant=True)
     expected = "reentrant gradient checkpointing gives" if engine == "attention" else "cannot train under gradient"
     with pytest.raises(prefixkit.EngineError, match=expected):
         model(**tiny.inputs(model))

@@ -143,3 +143,9 @@ def attention_calls(model: PreTrainedModel) -> set[tuple[str, int, int, int]]:
 def stated_sites(model: PreTrainedModel) -> set[tuple[str, int, int, int]]:
     """What the adapter says of the same."""
     return {(site.path, site.kv_heads, site.key_dim, site.value_dim) for site in prefixkit.sites(model)}
+
+
+def enable_checkpointing(model: PreTrainedModel, *, reentrant: bool = False) -> None:
+    """Switch gradient checkpointing on, under the name that this version of transformers has for it."""
+    new = getattr(model, "activation_checkpointing_enable", None)
+    (new or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
