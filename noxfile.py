@@ -80,5 +80,8 @@ def wheels(session: nox.Session) -> None:
     extra = {name for name in names if not name.startswith("prefixkit")}
     if extra:
         session.error(f"the wheels bring more than the packages: {sorted(extra)}")
-    code = "import prefixkit; assert 'installed' in prefixkit.__file__; print([plugin.distribution for plugin in prefixkit.plugins() if not plugin.error])"
+    code = (
+        "import prefixkit; assert 'installed' in prefixkit.__file__; "
+        "print([plugin.distribution for plugin in prefixkit.plugins() if not plugin.error])"
+    )
     session.run("python", "-P", "-c", code, env={"PYTHONPATH": str(target.resolve())})
