@@ -44,7 +44,7 @@ import prefixkit
 
 HERE = Path(__file__).parent
 
-LEARNING_RATES = {"p-tuning-v2": 1e-1, "prefix-tuning": 4e-3, "full": 1e-3}
+LEARNING_RATES = {"p-tuning-v2": 1.5e-1, "prefix-tuning": 2e-3, "full": 1e-3}
 """A flat prefix wants a far higher learning rate than an MLP or the model's own weights."""
 
 
@@ -150,7 +150,6 @@ def train(
         lr_scheduler_type="cosine",
         warmup_steps=50,
         logging_steps=50,
-        train_sampling_strategy="group_by_length",
         save_strategy="no",
         report_to=[],
         seed=arguments.seed,

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from prefixkit import transformers_internals as internals
 from prefixkit.adapter import Adapter, Site, Stack
-from prefixkit.attachment import Attachment, find
+from prefixkit.attachment import Attachment, carries_prefix, find
 from prefixkit.attention_engine import AttentionEngine
 from prefixkit.cache_engine import CacheEngine
 from prefixkit.discovery import GUIDE, installed
@@ -47,6 +48,12 @@ def build(model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None)
     """A finished attachment for ``config``, not yet on the model, which stays as it is."""
     adapter = adapter or installed().adapter_for(config.model_type)
     stacks = _select(model, stacks_of(model, adapter), config)
+    for stack in stacks:
+        if carries_prefix(model.get_submodule(stack.path)):
+            raise AttachmentError(
+                f"the {stack.name} of this {type(model).__name__} already carries a prefix, applied through another "
+                "model object that shares it; call prefixkit.remove on that one first"
+            )
     layout = Layout(site for stack in stacks for site in stack.sites)
     shape = PrefixShape(
         num_virtual_tokens=config.num_virtual_tokens,
@@ -57,7 +64,7 @@ def build(model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None)
         config=replace(config, sites=layout.sites),
         stacks=stacks,
         layout=layout,
-        encoder=_encoder(config, shape).to(model.device),
+        encoder=_encoder(config, shape).to(internals.real_device(model)),
         engine=CacheEngine() if config.engine == "cache" else AttentionEngine(),
     )
     attachment.engine.check(model, attachment)

@@ -6,6 +6,7 @@ model, so copying or pickling the model takes it along, whole.
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from prefixkit.cache_engine import CacheEngine
 from prefixkit.errors import AttachmentError, UnsupportedModelError
 from prefixkit.head import head_parameters
 from prefixkit.layout import KeyValue, Layout
-from prefixkit.positions import PLACED, count_positions, look_up_placed
+from prefixkit.positions import count_positions, forget_positions, look_up_placed
 from prefixkit.prefix_config import PrefixConfig
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ class Attachment:
         engine: What puts it in front of the attention.
         trained_before: ``requires_grad`` of every base parameter before ``apply``.
         base_head: The head's values before ``apply``, by parameter name.
-        enabled: False inside :func:`prefixkit.disabled`.
+        disablers: How many :func:`prefixkit.disabled` blocks are under way.
+        identity: Marks the caches that hold this prefix.
     """
 
     config: PrefixConfig
@@ -57,8 +59,20 @@ class Attachment:
     engine: AttentionEngine | CacheEngine
     trained_before: dict[str, bool] = field(default_factory=dict)
     base_head: dict[str, torch.Tensor] = field(default_factory=dict)
-    enabled: bool = True
+    disablers: int = 0
+    identity: str = field(default_factory=lambda: uuid.uuid4().hex)
     handles: list[Any] = field(default_factory=list)
+
+    @property
+    def enabled(self) -> bool:
+        """False inside :func:`prefixkit.disabled`."""
+        return not self.disablers
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Inside ``disabled`` the model has its old head, and a copy would keep it for ever."""
+        if not self.enabled:
+            raise AttachmentError("copy or pickle the model outside of prefixkit.disabled")
+        return self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A spawned process that unpickles the model has not registered the attention functions."""
@@ -115,6 +129,7 @@ class BeforeStack:
         """The arguments with the prefix, or as they were if it is disabled."""
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
         flat = arguments.pop(FLAT, None)
+        forget_positions()
         engine = self.attachment.engine
         if not self.attachment.enabled:
             return (), engine.off(arguments)
@@ -157,6 +172,11 @@ def require(model: nn.Module) -> Attachment:
     return attachment
 
 
+def carries_prefix(stack: nn.Module) -> bool:
+    """Whether ``stack`` has a prefix already, perhaps through another model that shares it."""
+    return any(isinstance(hook, BeforeStack) for hook in stack._forward_pre_hooks.values())
+
+
 def install(model: PreTrainedModel, attachment: Attachment) -> None:
     """Put a finished attachment on the model: all of it, or on an error nothing."""
     try:
@@ -182,10 +202,6 @@ def uninstall(model: PreTrainedModel, attachment: Attachment) -> None:
     if attachment.base_head:
         swap_head(model, attachment)
     attachment.engine.detach(model, attachment)
-    for stack in attachment.stacks:
-        if isinstance(stack.positions, PositionTable):
-            table = model.get_submodule(join_path(stack.path, stack.positions.path))
-            table.__dict__.pop(PLACED, None)
     model._modules.pop(MODULE, None)
     for name, value in model.named_parameters():
         value.requires_grad_(attachment.trained_before.get(name, value.requires_grad))

@@ -126,7 +126,7 @@ class AttentionEngine:
         # Again at every call: set_attn_implementation() may have been called since.
         internals.wrap_implementation(internals.config_of(module), make_attention)
         cache = arguments.get("past_key_values") if stack.name == "decoder" else None
-        if internals.holds_prefix(cache):
+        if internals.held_prefix(cache) is not None:
             raise EngineError(
                 "the cache passed in already holds a prefix, from to_cache() or the cache engine; it is "
                 "for the bare model: call it under prefixkit.disabled(model), or after prefixkit.remove(model)"

@@ -59,9 +59,11 @@ class CacheEngine:
             raise EngineError(f"the cache engine cannot train under gradient checkpointing; {USE_ATTENTION}")
         tokens = attachment.config.num_virtual_tokens
         cache = arguments.get("past_key_values")
+        cross = arguments.get("encoder_hidden_states") is not None
         if cache is None:
-            cache = internals.new_cache(internals.config_of(module))
-        held = _held(cache, tokens if _has_self_sites(attachment) else 0)
+            cache = internals.new_cache(internals.config_of(module), cross=cross)
+        held = _held(cache, attachment)
+        cache = internals.with_cross(cache) if cross else cache
         call = StackCall.read(arguments, held)
         _check_mask(arguments, call)
         _check_padding(stack, call, attachment)
@@ -70,7 +72,7 @@ class CacheEngine:
         if isinstance(stack.positions, PositionIds) and call.mask is None:
             _check_positions(arguments.get("position_ids"), call)
         place_positions(module, stack, arguments, call, offset)
-        if not internals.holds_prefix(cache):
+        if internals.held_prefix(cache) is None:
             dtype = internals.compute_dtype(module)
             pieces = attachment.prepared(flat, dtype=dtype, training=module.training)
             fill_cache(cache, attachment, pieces, call.batch)
@@ -90,8 +92,8 @@ class CacheEngine:
         if internals.config_of(module).use_cache if asked is None else asked:
             return output
         if isinstance(output, tuple):
-            return tuple(part for part in output if not internals.holds_prefix(part))
-        if not internals.holds_prefix(output.get("past_key_values")):
+            return tuple(part for part in output if internals.held_prefix(part) is None)
+        if internals.held_prefix(output.get("past_key_values")) is None:
             return output
         return type(output)(**{name: value for name, value in output.items() if name != "past_key_values"})
 
@@ -140,7 +142,7 @@ def fill_cache(cache: Cache, attachment: Attachment, pieces: dict[str, KeyValue]
         if site.stack == "cross":
             layers = range(site.layer + 1)
     internals.set_not_updated(cache, layers)
-    internals.mark_prefix(cache, attachment.config.name)
+    internals.mark_prefix(cache, attachment.identity)
 
 
 def _has_self_sites(attachment: Attachment) -> bool:
@@ -151,22 +153,31 @@ def _has_cross_sites(attachment: Attachment) -> bool:
     return any(site.stack == "cross" for site in attachment.layout.sites)
 
 
-def _held(cache: Any, tokens: int) -> int:
-    """Real tokens in ``cache``, beside ``tokens`` virtual ones if it holds a prefix.
+def _held(cache: Any, attachment: Attachment) -> int:
+    """Real tokens in ``cache``, beside the virtual ones if it holds the prefix.
 
     Refuses a cache that is not ours to fill or to go on from.
     """
     if not internals.is_dynamic(cache):
         raise EngineError(f"the cache engine takes a DynamicCache only, got {type(cache).__name__}; {USE_ATTENTION}")
     length = int(cache.get_seq_length())
-    if internals.holds_prefix(cache):
-        return length - tokens
-    if length:
+    tokens = attachment.config.num_virtual_tokens if _has_self_sites(attachment) else 0
+    identity = internals.held_prefix(cache)
+    if identity is None:
+        if length:
+            raise EngineError(
+                f"the cache passed in holds {length} tokens that were read without the prefix; start from an "
+                "empty cache, or use the one this model returned"
+            )
+        return 0
+    if identity != attachment.identity:
+        raise EngineError("the cache passed in holds another prefix; start from an empty cache")
+    if length < tokens:
         raise EngineError(
-            f"the cache passed in holds {length} tokens that were read without the prefix; start from an "
-            "empty cache, or use the one this model returned"
+            f"the cache passed in was reset or cropped to {length} places and has lost its prefix of {tokens}; "
+            "start from a new cache"
         )
-    return 0
+    return length - tokens
 
 
 def _check_mask(arguments: dict[str, Any], call: StackCall) -> None:

@@ -40,10 +40,11 @@ class StackCall:
             tokens = arguments.get("inputs_embeds")
         if tokens is None:
             raise EngineError("the model was called without input_ids and without inputs_embeds")
-        batch, queries = tokens.shape[:2]
-        mask = arguments.get("attention_mask")
-        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-            mask = None
+        # Some task classes take (batch, choices, tokens) and flatten it themselves.
+        queries = tokens.shape[1] if tokens.is_floating_point() else tokens.shape[-1]
+        batch = tokens.shape[0] if tokens.is_floating_point() else tokens.numel() // queries
+        static = getattr(arguments.get("past_key_values"), "is_compileable", False)
+        mask = _two_dimensional(arguments.get("attention_mask"), batch, static=static)
         return cls(batch=batch, queries=queries, past=past, mask=mask, device=tokens.device)
 
     def token_positions(self) -> torch.Tensor:
@@ -65,3 +66,16 @@ class StackCall:
             )
         counted = self.mask.to(self.device).long().cumsum(-1) - 1
         return counted.clamp(min=0)[:, places]
+
+
+def _two_dimensional(mask: Any, batch: int, *, static: bool) -> torch.Tensor | None:
+    """The mask of real tokens ``(batch, tokens)``, where one can be told."""
+    if not isinstance(mask, torch.Tensor):
+        return None
+    if mask.numel() == batch * mask.shape[-1] and mask.ndim < 4:
+        return mask.reshape(batch, -1)
+    # With a static cache, generate() hands over a prepared mask: its last query sees every real token.
+    if mask.ndim != 4 or not static:
+        return None
+    last = mask[:, 0, -1]
+    return last if last.dtype == torch.bool else last == 0

@@ -90,6 +90,12 @@ def read_tensors(directory: Path) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
 
 
+def written_by_prefixkit(path: Path) -> bool:
+    """Whether a safetensors file carries our mark."""
+    with _open(path) as file:
+        return HEADER in (file.metadata() or {})
+
+
 def _header(path: Path) -> str:
     with _open(path) as file:
         metadata = file.metadata() or {}

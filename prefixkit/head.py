@@ -49,12 +49,14 @@ def choose_head(model: PreTrainedModel, head: str | bool | Sequence[str], stacks
 
 
 def head_parameters(model: nn.Module, head: Iterable[str]) -> dict[str, nn.Parameter]:
-    """The parameters of the head's modules by their name in the model."""
-    return {
-        f"{module}.{name}": parameter
+    """The parameters of the head's modules by their name in the model, tied ones once."""
+    named = [
+        (f"{module}.{name}", parameter)
         for module in head
         for name, parameter in model.get_submodule(module).named_parameters()
-    }
+    ]
+    first = {id(parameter): name for name, parameter in reversed(named)}
+    return {name: parameter for name, parameter in named if first[id(parameter)] == name}
 
 
 def _automatic(model: PreTrainedModel, stacks: Iterable[Stack]) -> tuple[str, ...]:

@@ -17,10 +17,10 @@ from prefixkit.attachment import Attachment, find, install, require, swap_head, 
 from prefixkit.discovery import installed
 from prefixkit.errors import AttachmentError, ConfigError, MethodError
 from prefixkit.head import choose_head
+from prefixkit.instance_calls import start_answering, stop_answering
 from prefixkit.layout import Layout
 from prefixkit.prefix_config import PrefixConfig
 from prefixkit.prefix_encoder import PrefixEncoder, flat_encoder
-from prefixkit.trainer_bridge import answer_for_trainer, stop_answering
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -108,7 +108,7 @@ def apply(
 def put_on(model: PreTrainedModel, attachment: Attachment) -> None:
     """Install the attachment, and have the model answer the Trainer's calls for itself."""
     install(model, attachment)
-    answer_for_trainer(model)
+    start_answering(model)
 
 
 def remove(model: Model) -> Model:
@@ -136,16 +136,15 @@ def disabled(model: Model) -> Iterator[Model]:
         AttachmentError: If the model has no prefix.
     """
     attachment = require(model)
-    if not attachment.enabled:
-        yield model
-        return
-    attachment.enabled = False
-    swap_head(model, attachment)
+    attachment.disablers += 1
+    if attachment.disablers == 1:
+        swap_head(model, attachment)
     try:
         yield model
     finally:
-        swap_head(model, attachment)
-        attachment.enabled = True
+        attachment.disablers -= 1
+        if attachment.enabled:
+            swap_head(model, attachment)
 
 
 def fold(model: Model) -> Model:

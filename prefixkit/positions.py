@@ -7,6 +7,7 @@ gets the positions it has alone.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from prefixkit.adapter import PositionIds, PositionTable, Stack
 from prefixkit.call import StackCall
 from prefixkit.errors import EngineError
 
-PLACED = "_prefixkit_positions"
-"""The attribute of a position table that holds the positions of the call under way."""
+_under_way = threading.local()
+"""The rows to look up in the call under way, by table. Nothing comes between the stack's hook, which
+writes them, and the table's, which takes them, but the start of the stack's own forward."""
 
 
 def place_positions(
@@ -42,7 +44,7 @@ def place_positions(
     real = call.token_positions()
     if isinstance(kind, PositionTable):
         _check_limit(real, kind.limit, offset, call)
-        module.get_submodule(kind.path).__dict__[PLACED] = real + offset + kind.offset
+        _under_way.rows = (id(module.get_submodule(kind.path)), real + offset + kind.offset)
     return real
 
 
@@ -55,10 +57,16 @@ def count_positions(module: nn.Module, stack: Stack, arguments: dict[str, Any]) 
 
 def look_up_placed(table: nn.Embedding, _: Any, output: torch.Tensor) -> torch.Tensor:
     """Forward hook of a position table: the rows that were placed, ``(batch or 1, queries, dim)``."""
-    rows: torch.Tensor | None = table.__dict__.pop(PLACED, None)
-    if rows is None:
+    key, rows = getattr(_under_way, "rows", None) or (None, None)
+    if key != id(table) or rows is None:
         return output
+    forget_positions()
     return functional.embedding(rows.to(table.weight.device), table.weight)
+
+
+def forget_positions() -> None:
+    """Drop what a call that failed before its look-up left behind."""
+    _under_way.rows = None
 
 
 def _check_limit(real: torch.Tensor, limit: int | None, offset: int, call: StackCall) -> None:

@@ -24,8 +24,8 @@ from prefixkit.errors import EngineError
 AttentionFunction = Callable[..., tuple[torch.Tensor, Any]]
 
 MARK = "prefixkit_"
-HELD = "prefixkit_name"
-"""The attribute of a cache that names the prefix in it."""
+HELD = "prefixkit_identity"
+"""The attribute of a cache that says which prefix is in it."""
 WRAPPABLE = ("eager", "sdpa")
 """Attention implementations whose masks the engine knows how to widen."""
 
@@ -110,15 +110,20 @@ def is_checkpointing(stack: nn.Module) -> bool:
     return bool(getattr(stack, "gradient_checkpointing", False)) and stack.training
 
 
-def new_cache(model_config: PreTrainedConfig) -> Cache:
+def new_cache(model_config: PreTrainedConfig, *, cross: bool = False) -> Cache:
     """An empty native cache, of the kind ``generate`` makes for this architecture.
 
-    The caches of an encoder-decoder grow by the layer, since ``DynamicCache(config=…)`` counts
-    encoder layers.
+    The caches of a decoder with cross-attention grow by the layer, since ``DynamicCache(config=…)``
+    counts encoder layers.
     """
-    if model_config.is_encoder_decoder:
+    if cross or model_config.is_encoder_decoder or getattr(model_config, "add_cross_attention", False):
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
     return DynamicCache(config=model_config)
+
+
+def with_cross(cache: Cache) -> Cache:
+    """``cache`` with room of its own for cross-attention, as a decoder that is given encoder states needs."""
+    return cache if isinstance(cache, EncoderDecoderCache) else EncoderDecoderCache(cache, DynamicCache())
 
 
 def self_and_cross(cache: Cache) -> tuple[Cache, Cache | None]:
@@ -136,14 +141,17 @@ def is_dynamic(cache: object) -> bool:
     return all(type(part) is DynamicCache and not getattr(part, "offloading", False) for part in parts)
 
 
-def mark_prefix(cache: Cache, name: str) -> None:
-    """Remember that ``cache`` holds the prefix called ``name``; copies of the cache remember it too."""
-    setattr(cache, HELD, name)
+def mark_prefix(cache: Cache, identity: str) -> None:
+    """Remember which prefix ``cache`` holds; copies of the cache, and wrappers around it, remember it too."""
+    for part in (cache, self_and_cross(cache)[0]):
+        setattr(part, HELD, identity)
 
 
-def holds_prefix(cache: object) -> bool:
-    """Whether a prefix was put in ``cache`` by prefixkit."""
-    return getattr(cache, HELD, None) is not None
+def held_prefix(cache: object) -> str | None:
+    """The identity of the prefix that prefixkit put in ``cache``, if it did."""
+    own = self_and_cross(cache)[0] if isinstance(cache, Cache) else None
+    identity: str | None = getattr(own, HELD, None)
+    return identity
 
 
 def set_not_updated(cache: Cache, layers: range) -> None:
@@ -154,6 +162,17 @@ def set_not_updated(cache: Cache, layers: range) -> None:
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
     """The dtype in which ``module`` makes its keys: the autocast dtype, else that of its weights."""
-    weights = next(weight for weight in module.parameters() if weight.is_floating_point())
-    kind = weights.device.type
+    weights = next((weight for weight in module.parameters() if weight.is_floating_point()), None)
+    if weights is None:
+        raise EngineError(
+            f"{type(module).__name__} has no parameters of its own here, as in a replica of nn.DataParallel; "
+            "use engine='attention'"
+        )
+    kind = "cpu" if weights.is_meta else weights.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights.dtype
+
+
+def real_device(model: nn.Module) -> torch.device:
+    """The first device that holds weights of ``model``; offloaded ones are on none."""
+    devices = (weight.device for weight in model.parameters() if not weight.is_meta)
+    return next(devices, torch.device("cpu"))

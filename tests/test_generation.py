@@ -149,3 +149,12 @@ def test_positions_past_the_table_are_refused(engine):
     ids, mask = tiny.left_pad([tiny.tokens(5), tiny.tokens(3)])
     wider = torch.cat([torch.full((2, 4), tiny.PAD), ids], dim=1)
     tiny.logits(model, input_ids=wider, attention_mask=torch.cat([torch.zeros(2, 4, dtype=torch.long), mask], dim=1))
+
+
+def test_continuous_batching_is_refused():
+    """transformers would answer with empty lists, or with the base."""
+    model = with_prefix("llama", "attention")
+    with pytest.raises(prefixkit.EngineError, match="^continuous batching does not serve a prefix; use generate"):
+        model.generate_batch(inputs=[[5, 6, 7]])
+    prefixkit.remove(model)
+    assert model.generate_batch.__func__ is type(model).generate_batch

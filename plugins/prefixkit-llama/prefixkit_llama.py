@@ -1,6 +1,6 @@
 """prefixkit's plugin for LLaMA and its cousins: one decoder, rotary positions, grouped heads."""
 
-from prefixkit import Adapter, PositionIds, Site, Stack, find_stack, hookimpl, join_path
+from prefixkit import Adapter, PositionIds, Site, Stack, UnsupportedModelError, find_stack, hookimpl, join_path
 
 MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "granite", "olmo2", "phi3", "smollm3")
 
@@ -15,6 +15,12 @@ def window(config, attention):
 def stacks(model):
     """Yield the decoder of any task class."""
     config = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        raise UnsupportedModelError(
+            "longrope changes its rotation at a length that generate() counts without the prefix; "
+            "use a model with another rope_type"
+        )
     path = find_stack(model, "layers.0.self_attn")
     paths = [join_path(path, f"layers.{layer}.self_attn") for layer in range(config.num_hidden_layers)]
     modules = [model.get_submodule(name) for name in paths]

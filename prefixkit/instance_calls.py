@@ -1,8 +1,9 @@
-"""What an untouched ``Trainer`` calls on a model with a prefix.
+"""Calls that a model with a prefix answers itself, for an untouched ``Trainer`` and in batched serving.
 
 ``Trainer`` saves with ``model.save_pretrained`` and resumes from a file ``model.safetensors``
 through ``model.load_state_dict``. While a prefix is attached the instance answers both calls
-itself, so that a training checkpoint holds the prefix and the head, and no base weights.
+itself, so that a training checkpoint holds the prefix and the head, and no base weights. Continuous batching
+would run the base without its prefix, so it is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from prefixkit import checkpoint_files
 from prefixkit.attachment import require
-from prefixkit.errors import CheckpointError
+from prefixkit.errors import CheckpointError, EngineError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,14 +45,31 @@ class SavePretrained:
             raise CheckpointError("pushing a prefix to the hub is not supported; save it and upload the folder")
         if not is_main_process:
             return
+        if getattr(self.model, "_hf_peft_config_loaded", False):
+            raise CheckpointError(
+                "this model has an adapter of PEFT beside its prefix, and save_pretrained would lose it; "
+                "save each apart: the prefix with prefixkit.save"
+            )
         attachment = require(self.model)
         tensors = attachment.tensors(self.model)
         if state_dict is not None:  # gathered by the caller, where parameters are sharded
             tensors = {name: state_dict[attachment.state_name(name)] for name in tensors}
         directory = Path(save_directory)
+        _refuse_to_overwrite_a_model(directory)
         checkpoint_files.write(directory, attachment.config, tensors)
         named = {attachment.state_name(name): value for name, value in tensors.items()}
-        checkpoint_files.write_tensors(directory / RESUME_FILE, named, {})
+        checkpoint_files.write_tensors(directory / RESUME_FILE, named, {checkpoint_files.HEADER: "a copy for Trainer"})
+
+
+def _refuse_to_overwrite_a_model(directory: Path) -> None:
+    """``model.safetensors`` may be somebody's base weights: replace none that we did not write."""
+    weights = directory / RESUME_FILE
+    ours = not weights.exists() or checkpoint_files.written_by_prefixkit(weights)
+    if not ours or (directory / "config.json").exists():
+        raise CheckpointError(
+            f"{str(directory)!r} holds a model of its own, whose weights save_pretrained would overwrite with the "
+            "prefix; name another folder"
+        )
 
 
 class LoadStateDict:
@@ -69,13 +87,28 @@ class LoadStateDict:
         return _IncompatibleKeys([name for name in missing if name in ours], unexpected)
 
 
-def answer_for_trainer(model: PreTrainedModel) -> None:
-    """Have this instance answer ``save_pretrained`` and ``load_state_dict`` itself."""
+class RefuseContinuousBatching:
+    """Stands in for the ways into continuous batching, whose attention takes no prefix."""
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        """Raise an :class:`EngineError`."""
+        raise EngineError(
+            "continuous batching does not serve a prefix; use generate(), or prefixkit.remove(model) first"
+        )
+
+
+CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
+
+def start_answering(model: PreTrainedModel) -> None:
+    """Have this instance answer the calls of this module itself."""
+    for name in CONTINUOUS_BATCHING:
+        model.__dict__[name] = RefuseContinuousBatching()
     model.__dict__["save_pretrained"] = SavePretrained(model)
     model.__dict__["load_state_dict"] = LoadStateDict(model)
 
 
 def stop_answering(model: PreTrainedModel) -> None:
-    """Give both calls back to the class."""
-    for name in ("save_pretrained", "load_state_dict"):
+    """Give the calls back to the class."""
+    for name in ("save_pretrained", "load_state_dict", *CONTINUOUS_BATCHING):
         model.__dict__.pop(name, None)
