@@ -11,7 +11,7 @@ its sentence, which is what the prefix is to learn:
   teaches it to copy from its context);
 * DART triples, then their sentence, without the triples that DART took from E2E.
 
-It takes about ten minutes on two cores and writes tokenizer and float16 weights to
+It takes ten to twenty minutes on two cores and writes tokenizer and float16 weights to
 ``examples/gpt2-e2e-base``.
 """
 
