@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from prefixkit.adapter import Adapter, Site
 from prefixkit.assembly import build, check_model, stacks_of
-from prefixkit.attachment import Attachment, find, install, require, swap_head, uninstall
+from prefixkit.attachment import MODULE, Attachment, find, install, require, swap_head, uninstall
 from prefixkit.discovery import installed
 from prefixkit.errors import AttachmentError, ConfigError, MethodError
 from prefixkit.head import choose_head
@@ -165,7 +165,7 @@ def fold(model: Model) -> Model:
     encoder.requires_grad_(trains).train(attachment.encoder.training)
     attachment.encoder = encoder
     attachment.config = replace(attachment.config, folded=True)
-    holder = model.get_submodule("prefixkit")
+    holder = model.get_submodule(MODULE)
     holder.add_module(attachment.config.name, encoder)
     return model
 
