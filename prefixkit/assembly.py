@@ -74,7 +74,8 @@ def build(model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None)
 def _encoder(config: PrefixConfig, shape: PrefixShape) -> nn.Module:
     if config.folded:
         return flat_encoder(torch.zeros(shape.num_virtual_tokens, shape.width))
-    encoder = installed().method(config.method).build(shape, config.method_options)
+    method = installed().method(config.method)
+    encoder = method.build(shape, method.resolve(config.method_options))
     with torch.no_grad():
         given, expected = tuple(encoder().shape), (shape.num_virtual_tokens, shape.width)
     if given != expected:

@@ -83,7 +83,8 @@ def _build(model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None
     try:
         choose_head(model, list(config.head), ())
         return build(model, config, adapter)
-    except (ConfigError, MethodError) as error:
+    # A RuntimeError is what torch raises for a size that no memory holds.
+    except (ConfigError, MethodError, RuntimeError) as error:
         raise CheckpointError(
             f"the prefix in {str(folder)!r} does not fit this {type(model).__name__}: {error}"
         ) from error

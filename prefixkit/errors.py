@@ -46,7 +46,9 @@ class CheckpointError(PrefixkitError):
     """A checkpoint is missing, damaged, or belongs to something else."""
 
 
-def closest(name: str, possible: Iterable[str]) -> str:
+def closest(name: object, possible: Iterable[str]) -> str:
     """A hint for a message about a misspelt ``name``: `` (did you mean 'x'?)``, or nothing."""
+    if not isinstance(name, str):
+        return ""
     matches = difflib.get_close_matches(name, list(possible), n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""

@@ -51,6 +51,10 @@ class PrefixConfig:
     head: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for field, kind in (("method", str), ("model_type", str), ("folded", bool), ("method_options", Mapping)):
+            _of_kind(field, getattr(self, field), kind)
+        _all_of_kind("layers", self.layers or (), int)
+        _all_of_kind("head", self.head, str)
         tokens = self.num_virtual_tokens
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
             raise ConfigError(f"num_virtual_tokens is {tokens!r}; it must be a whole number of 1 or more")
@@ -107,7 +111,17 @@ def _tuple(values: Iterable[Any] | None) -> tuple[Any, ...] | None:
     return None if values is None else tuple(values)
 
 
+def _of_kind(field: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise ConfigError(f"{field} is {value!r}; it must be a {kind.__name__}")
+
+
+def _all_of_kind(field: str, values: Iterable[object], kind: type) -> None:
+    for value in values:
+        if type(value) is not kind:
+            raise ConfigError(f"{field} holds {value!r}; each must be a {kind.__name__}")
+
+
 def _one_of(field: str, value: object, possible: tuple[str, ...]) -> None:
     if value not in possible:
-        hint = closest(value, possible) if isinstance(value, str) else ""
-        raise ConfigError(f"{field} is {value!r}{hint}; possible: {', '.join(possible)}")
+        raise ConfigError(f"{field} is {value!r}{closest(value, possible)}; possible: {', '.join(possible)}")

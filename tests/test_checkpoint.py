@@ -316,3 +316,14 @@ def test_any_wrong_field_is_a_clear_error(tmp_path_factory, changes):
         prefixkit.load(model, folder)
     except prefixkit.PrefixkitError:
         assert_same(before, state(model))
+
+
+@pytest.mark.parametrize("changes", [{"method_options": {"prefix_projektion": False}}, {"num_virtual_tokens": 10**14}])
+def test_options_and_sizes_that_no_model_has(changes, tmp_path):
+    source = tuned()
+    config = {"format": 1, **prefixkit.config(source).to_dict(), **changes}
+    metadata = {"prefixkit": json.dumps(config)}
+    safetensors.torch.save_file(
+        source.prefixkit.default.state_dict(), tmp_path / "prefix.safetensors", metadata=metadata
+    )
+    refused(tmp_path, "the prefix in .* does not fit this GPT2LMHeadModel: (?s:.*)")
