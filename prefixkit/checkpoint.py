@@ -26,6 +26,10 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def save(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
     """Write the model's prefix, and its head if that trained, to ``directory``.
 
+    Example::
+
+        prefixkit.save(model, "my-prefix")
+
     Writes ``prefix_config.json`` and ``prefix.safetensors``. With an MLP its weights are kept, so
     that training can go on; :func:`prefixkit.fold` first for the smallest file. A crash leaves the
     old checkpoint or the new one.
@@ -42,6 +46,11 @@ def load(
     model: Model, directory: str | os.PathLike[str], *, trainable: bool = False, adapter: Adapter | None = None
 ) -> Model:
     """Put a saved prefix on ``model``, in place, and freeze everything else.
+
+    Example::
+
+        model = AutoModelForCausalLM.from_pretrained("path/or/name")
+        prefixkit.load(model, "my-prefix")  # or trainable=True, to train on
 
     Args:
         model: A bare model of the architecture that the prefix was trained for.

@@ -114,6 +114,11 @@ def put_on(model: PreTrainedModel, attachment: Attachment) -> None:
 def remove(model: Model) -> Model:
     """Take the prefix off: outputs, state-dict keys, configs and ``requires_grad`` are the base's again.
 
+    Example::
+
+        prefixkit.save(model, "my-prefix")
+        prefixkit.remove(model)
+
     A head that trained goes back to the values it had before ``apply``; save first what you want
     to keep.
 
@@ -132,6 +137,11 @@ def remove(model: Model) -> Model:
 def disabled(model: Model) -> Iterator[Model]:
     """Inside the block the model gives the bare base's outputs, bit for bit, its old head included.
 
+    Example::
+
+        with torch.no_grad(), prefixkit.disabled(model):
+            base_logits = model(**inputs).logits
+
     Raises:
         AttachmentError: If the model has no prefix.
     """
@@ -149,6 +159,11 @@ def disabled(model: Model) -> Iterator[Model]:
 
 def fold(model: Model) -> Model:
     """Replace the method's parameters by the flat prefix they give: exact, smaller, faster.
+
+    Example::
+
+        prefixkit.fold(model)
+        prefixkit.save(model, "to-ship")
 
     An optimizer made before still holds the old parameters. A prefix that is flat already stays
     as it is.
@@ -173,6 +188,10 @@ def fold(model: Model) -> Model:
 def sites(model: PreTrainedModel) -> list[Site]:
     """The sites of the model's prefix; of a bare model, all the sites its adapter names.
 
+    Example::
+
+        [(site.path, site.stack, site.kv_heads, site.key_dim) for site in prefixkit.sites(model)]
+
     Raises:
         UnknownAdapterError: If the model is bare and no plugin serves its type.
         UnsupportedModelError: If it is no transformers model.
@@ -186,6 +205,10 @@ def sites(model: PreTrainedModel) -> list[Site]:
 
 def config(model: PreTrainedModel) -> PrefixConfig:
     """What the model's prefix is.
+
+    Example::
+
+        prefixkit.config(model).num_virtual_tokens
 
     Raises:
         AttachmentError: If the model has no prefix.

@@ -28,6 +28,12 @@ def to_cache(model: PreTrainedModel, batch_size: int = 1) -> Cache:
       ``decoder_attention_mask``), and ``encoder_attention_mask`` of a bare decoder;
     * for an encoder prefix, the encoder states of ``model.get_encoder()`` called with the prefix on.
 
+    Example::
+
+        cache = prefixkit.to_cache(model, batch_size=2)
+        prefixkit.remove(model)
+        model(input_ids=ids, past_key_values=cache)  # two rows, without padding: no mask is needed
+
     Args:
         model: A model with a prefix.
         batch_size: Rows of the cache.
