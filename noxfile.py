@@ -36,7 +36,20 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def slow(session: nox.Session) -> None:
     """The tests marked slow, and all property tests with many more examples."""
-    session.run("pytest", "-m", "slow or not slow", *session.posargs, env={"HYPOTHESIS_PROFILE": "thorough"})
+    session.run("pytest", "-m", "not gpu", *session.posargs, env={"HYPOTHESIS_PROFILE": "thorough"})
+
+
+@nox.session
+def conformance(session: nox.Session) -> None:
+    """All tests of the conformance kit, and the table of the documentation."""
+    table = ("-p", "prefixkit.testing.report", "--conformance-table", "docs/reference/conformance.md")
+    session.run("pytest", "-m", "conformance and not gpu", *table, "plugins", "tests", *session.posargs)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """The tests that need a GPU."""
+    session.run("pytest", "-m", "gpu", *session.posargs)
 
 
 @nox.session

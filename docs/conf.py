@@ -18,12 +18,15 @@ myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = f"prefixkit {version}"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
 
 nitpick_ignore_regex = [
     # The documentation builds offline, so what other projects document has no target here.
     (r"py:class", r"(torch|transformers|collections\.abc|os)\..+"),
     # The same, spelt as in annotations that are not evaluated (imports under TYPE_CHECKING).
     (r"py:class", r"PreTrainedModel|Cache|nn\.Module"),
-    # A type variable: "the class of the model you passed in". It is no documented object.
+    # Type variables: "the class of the model you passed in", "the test you passed in". They are no documented objects.
     (r"py:class", r"prefixkit\.(lifecycle|checkpoint)\.Model"),
+    (r"py:class", r"prefixkit\.testing\.traits\.Test"),
 ]

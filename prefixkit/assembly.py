@@ -46,6 +46,12 @@ def check_model(model: object) -> str:
 
 def build(model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None) -> Attachment:
     """A finished attachment for ``config``, not yet on the model, which stays as it is."""
+    if internals.is_spread(model):
+        raise UnsupportedModelError(
+            f"the weights of this {type(model).__name__} are spread over processes already, and the prefix would not "
+            "be kept alike in all of them; apply or load it first, then shard with fully_shard. Tensor parallel is not "
+            "supported"
+        )
     adapter = adapter or installed().adapter_for(config.model_type)
     stacks = _select(model, stacks_of(model, adapter), config)
     for stack in stacks:
@@ -97,7 +103,20 @@ def stacks_of(model: PreTrainedModel, adapter: Adapter) -> list[Stack]:
             raise PluginError(
                 f"the adapter for {model.config.model_type!r} names {path!r}, which {type(model).__name__} lacks"
             )
+    for stack in stacks:
+        for site in stack.sites:
+            _check_place(site, stack)
     return stacks
+
+
+def _check_place(site: Site, stack: Stack) -> None:
+    """A site is served by the stack that it stands in, so it must be part of it."""
+    inside = not stack.path or site.path.startswith(stack.path + ".")
+    if not inside or (site.stack == "encoder") != (stack.name == "encoder"):
+        raise PluginError(
+            f"the {site.stack} site {site.path!r} stands in the {stack.name} stack {stack.path!r}; an encoder site "
+            "belongs to the encoder's stack, decoder and cross sites to the decoder's, with a path inside the stack's"
+        )
 
 
 def _select(model: PreTrainedModel, stacks: list[Stack], config: PrefixConfig) -> tuple[Stack, ...]:

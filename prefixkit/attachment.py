@@ -19,7 +19,7 @@ from prefixkit import transformers_internals as internals
 from prefixkit.adapter import PositionTable, Stack, join_path
 from prefixkit.attention_engine import AttentionEngine, make_attention
 from prefixkit.cache_engine import CacheEngine
-from prefixkit.errors import AttachmentError, UnsupportedModelError
+from prefixkit.errors import AttachmentError, CheckpointError, EngineError, UnsupportedModelError
 from prefixkit.head import head_parameters
 from prefixkit.layout import KeyValue, Layout
 from prefixkit.positions import count_positions, forget_positions, look_up_placed
@@ -80,6 +80,25 @@ class Attachment:
         for name in internals.WRAPPABLE:
             internals.register_implementation(name, make_attention)
 
+    def flat(self) -> torch.Tensor:
+        """The flat prefix ``(P, width)``, from the parameters as they are now.
+
+        Raises:
+            EngineError: If they are not here: offloaded, or sharded and not gathered by the model's own call.
+        """
+        if any(value.is_meta for value in self.encoder.parameters()):
+            raise EngineError(
+                f"the prefix itself is offloaded; keep it on a device, with {MODULE!r} in the device map, or offload "
+                "the model before the prefix is applied"
+            )
+        flat: torch.Tensor = self.encoder()
+        if internals.is_sharded(flat) and torch.is_grad_enabled():
+            raise EngineError(
+                "the prefix is sharded, and its gradients would stay in pieces; train through a call of the whole model"
+            )
+        gathered: torch.Tensor = internals.whole(flat)
+        return gathered
+
     def offset(self, stack: Stack) -> int:
         """How far the prefix moves the positions of ``stack``: P, or 0."""
         carries = any(site.stack == stack.name for site in stack.sites)
@@ -96,6 +115,26 @@ class Attachment:
         # While disabled, the model has its old head and the tuned one is kept aside.
         head = head_parameters(model, self.config.head) if self.enabled else self.base_head
         return {**self.encoder.state_dict(), **{f"head.{name}": value.detach() for name, value in head.items()}}
+
+    def whole_tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """:meth:`tensors`, gathered where they are sharded: every process has to call.
+
+        Raises:
+            CheckpointError: If they are offloaded.
+        """
+        tensors = {name: internals.whole(value) for name, value in self.tensors(model).items()}
+        offloaded = [name for name, value in tensors.items() if value.is_meta]
+        if offloaded:
+            raise CheckpointError(f"{', '.join(offloaded)}: offloaded, so there is nothing here to save")
+        return tensors
+
+    def writes(self) -> bool:
+        """Whether this process saves the prefix: of those that share it only the first."""
+        return not self.is_sharded() or torch.distributed.get_rank() == 0
+
+    def is_sharded(self) -> bool:
+        """Whether every process holds only a part of the prefix."""
+        return any(map(internals.is_sharded, self.encoder.parameters()))
 
     def state_name(self, name: str) -> str:
         """The name in the model's state dict of what a checkpoint calls ``name``."""
@@ -114,7 +153,7 @@ class BeforeModel:
         """Add the flat prefix to the keyword arguments."""
         if not self.attachment.enabled:
             return None
-        return args, {**kwargs, FLAT: self.attachment.encoder()}
+        return args, {**kwargs, FLAT: self.attachment.flat()}
 
 
 class BeforeStack:
@@ -137,7 +176,7 @@ class BeforeStack:
             count_positions(module, self.stack, arguments)
             return (), engine.off(arguments)
         if flat is None:
-            flat = self.attachment.encoder()
+            flat = self.attachment.flat()
         return (), engine.before(module, self.stack, arguments, self.attachment, flat)
 
 
@@ -229,6 +268,9 @@ def _add_hooks(model: PreTrainedModel, attachment: Attachment) -> None:
         # Last of the pre-hooks: what others add to the arguments is there already.
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(AfterStack(attachment), with_kwargs=True, prepend=True))
+        for site in stack.sites[:1]:
+            inside = model.get_submodule(site.path)
+            handles.append(inside.register_forward_pre_hook(internals.refuse_tensor_parallel))
         if isinstance(stack.positions, PositionTable):
             table = module.get_submodule(stack.positions.path)
             if not isinstance(table, nn.Embedding):

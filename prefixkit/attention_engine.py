@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from prefixkit import transformers_internals as internals
 from prefixkit.adapter import RelativeBias, Site, Stack
@@ -25,6 +24,7 @@ from prefixkit.call import StackCall
 from prefixkit.errors import EngineError
 from prefixkit.layout import KeyValue
 from prefixkit.positions import place_positions
+from prefixkit.widening import put_in_front, widen_bias, widen_block_mask, widen_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -58,6 +58,7 @@ class PrefixState:
     dropout: float
     bias: torch.Tensor | None = None
     _causal: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    _block_masks: list[tuple[Any, int | None, Any]] = field(default_factory=list)
 
     def causal_mask(self, queries: int, keys: int, device: torch.device) -> torch.Tensor:
         """``(1, 1, queries, keys)``, true where key ``k`` is at most ``q``; made once per call."""
@@ -65,6 +66,17 @@ class PrefixState:
             full = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device)
             self._causal[queries, keys] = full.tril()
         return self._causal[queries, keys].to(device)
+
+    def widened(self, mask: Any, seen: torch.Tensor | None, window: int | None, batch: int) -> Any:
+        """``mask`` with the prefix's columns in front; a block mask is widened once per call and window."""
+        if isinstance(mask, torch.Tensor):
+            return widen_mask(mask, seen, self.num_virtual_tokens)
+        for real, of_window, wider in self._block_masks:
+            if real is mask and of_window == window:
+                return wider
+        wider = widen_block_mask(mask, seen, self.num_virtual_tokens, batch)
+        self._block_masks.append((mask, window, wider))
+        return wider
 
 
 OFF = PrefixState(pieces={}, num_virtual_tokens=0, query_positions=None, slide=False, dropout=0.0)
@@ -120,8 +132,9 @@ class AttentionEngine:
         """The stack's arguments with positions moved and the state added."""
         if internals.is_checkpointing(module) and internals.uses_reentrant_checkpointing(module):
             raise EngineError(
-                "reentrant gradient checkpointing gives a prefix no gradient; enable checkpointing with its "
-                "keyword arguments set to {'use_reentrant': False}"
+                "reentrant gradient checkpointing does not train every prefix (the graph of an MLP is gone when the "
+                "second layer is recomputed); enable checkpointing with its keyword arguments set to "
+                "{'use_reentrant': False}"
             )
         # Again at every call: set_attn_implementation() may have been called since.
         internals.wrap_implementation(internals.config_of(module), make_attention)
@@ -159,7 +172,8 @@ class AttentionEngine:
             dropout=config.prefix_dropout,
         )
         if isinstance(stack.positions, RelativeBias) and attachment.offset(stack):
-            state.bias = stack.positions.prefix_bias(module, moved, config.num_virtual_tokens)
+            with internals.whole_weights():
+                state.bias = stack.positions.prefix_bias(module, moved, config.num_virtual_tokens)
         return state
 
 
@@ -184,22 +198,34 @@ def make_attention(name: str) -> internals.AttentionFunction:
                 f"the prefix did not reach {site.path!r}: its stack was not called as a module, or does "
                 "not hand keyword arguments down to its attention"
             )
-        queries, keys = query.shape[2], key.shape[2]
-        if attention_mask is None and _sdpa_would_be_causal(name, module, queries, kwargs):
-            attention_mask = state.causal_mask(queries, keys, query.device)
+        _check_heads(site, key, value)
         seen = _seen_prefix(site, state)
+        if attention_mask is None and _sdpa_would_be_causal(name, module, query.shape[2], kwargs):
+            attention_mask = state.causal_mask(query.shape[2], key.shape[2], query.device)
         if attention_mask is None and seen is not None:
-            attention_mask = torch.zeros(1, 1, queries, keys, dtype=query.dtype, device=query.device)
+            attention_mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
         if attention_mask is not None:
-            attention_mask = _widen_mask(attention_mask, seen, state.num_virtual_tokens)
+            attention_mask = state.widened(attention_mask, seen, site.window, len(query))
         if kwargs.get("position_bias") is not None:
-            kwargs["position_bias"] = _widen_bias(kwargs["position_bias"], site, state)
+            front = None if site.stack == "cross" else state.bias
+            kwargs["position_bias"] = widen_bias(kwargs["position_bias"], front, state.num_virtual_tokens, len(query))
         dropout = state.dropout if module.training else 0.0
         piece = state.pieces[site.path]
-        key, value = _in_front(piece.key, key, dropout), _in_front(piece.value, value, dropout)
+        key, value = put_in_front(piece.key, key, dropout), put_in_front(piece.value, value, dropout)
         return original(module, query, key, value, attention_mask, **kwargs)
 
     return prefix_attention
+
+
+def _check_heads(site: Site, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Refuse keys and values that are not what the adapter said; broadcasting would hide some."""
+    given = (key.shape[1], key.shape[3], value.shape[3])
+    if given != (site.kv_heads, site.key_dim, site.value_dim):
+        raise EngineError(
+            f"{site.path!r} has {given[0]} heads of keys ({given[1]}) and values ({given[2]}) here, and the prefix "
+            f"{site.kv_heads} of ({site.key_dim}) and ({site.value_dim}); the adapter is wrong, or the model's heads "
+            "are spread over devices (tensor parallel), which is not supported"
+        )
 
 
 def _sdpa_would_be_causal(name: str, module: nn.Module, queries: int, kwargs: dict[str, Any]) -> bool:
@@ -219,34 +245,3 @@ def _seen_prefix(site: Site, state: PrefixState) -> torch.Tensor | None:
         return None
     columns = torch.arange(state.num_virtual_tokens, device=state.query_positions.device)
     return (state.query_positions[:, None, :, None] - columns) < site.window
-
-
-def _widen_mask(mask: torch.Tensor, seen: torch.Tensor | None, columns: int) -> torch.Tensor:
-    """``mask (batch, 1, queries, keys)``, boolean or additive, with the prefix's columns in front."""
-    batch = max(mask.shape[0], 1 if seen is None else seen.shape[0])
-    mask = mask.expand(batch, -1, -1, -1)
-    if seen is None:
-        front = mask.new_ones(1) if mask.dtype == torch.bool else mask.new_zeros(1)
-    elif mask.dtype == torch.bool:
-        front = seen.to(mask.device)
-    else:
-        hidden = torch.finfo(mask.dtype).min
-        front = torch.where(seen.to(mask.device), mask.new_zeros(()), hidden)
-    return torch.cat([front.expand(*mask.shape[:-1], columns), mask], dim=-1)
-
-
-def _widen_bias(bias: torch.Tensor, site: Site, state: PrefixState) -> torch.Tensor:
-    """``bias (batch or 1, heads, queries, keys)`` with the prefix's columns in front."""
-    if state.bias is None or site.stack == "cross":
-        front = bias.new_zeros(1, 1, 1, 1).expand(*bias.shape[:-1], state.num_virtual_tokens)
-        return torch.cat([front, bias], dim=-1)
-    front = state.bias.to(bias)
-    return torch.cat([front, bias.expand(front.shape[0], -1, -1, -1)], dim=-1)
-
-
-def _in_front(prefix: torch.Tensor, own: torch.Tensor, dropout: float) -> torch.Tensor:
-    """``prefix (kv_heads, P, dim)`` in front of ``own (batch, kv_heads, keys, dim)``."""
-    prefix = prefix.to(device=own.device, dtype=own.dtype)
-    if dropout:
-        prefix = functional.dropout(prefix, dropout)
-    return torch.cat([prefix.expand(own.shape[0], -1, -1, -1), own], dim=2)

@@ -187,8 +187,8 @@ def _check_mask(arguments: dict[str, Any], call: StackCall) -> None:
     expected = call.past + call.queries
     if call.mask is not None and call.mask.shape[1] != expected:
         raise EngineError(
-            f"attention_mask covers {call.mask.shape[1]} tokens, but cache and input hold {expected}. A cache "
-            f"that generate() returned cannot start another generate() with the cache engine; {USE_ATTENTION}"
+            f"attention_mask covers {call.mask.shape[1]} tokens, but cache and input hold {expected} real ones; pass "
+            "a mask over all of these, and not over the virtual ones"
         )
 
 
@@ -211,8 +211,8 @@ def _check_positions(given: torch.Tensor | None, call: StackCall) -> None:
     expected = torch.arange(call.queries, device=given.device) + call.past
     if not bool((given == expected).all()):
         raise EngineError(
-            "position_ids do not go on where the cache ends (packed rows, or a cache that generate() returned "
-            f"and that starts another generate()); the cache engine cannot serve that; {USE_ATTENTION}"
+            "position_ids do not go on where the cache ends, as in packed rows; the cache engine cannot serve that; "
+            f"{USE_ATTENTION}"
         )
 
 

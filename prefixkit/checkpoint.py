@@ -32,14 +32,16 @@ def save(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
 
     Writes ``prefix_config.json`` and ``prefix.safetensors``. With an MLP its weights are kept, so
     that training can go on; :func:`prefixkit.fold` first for the smallest file. A crash leaves the
-    old checkpoint or the new one.
+    old checkpoint or the new one. Under FSDP2 every process has to call, and the first one writes.
 
     Raises:
         AttachmentError: If the model has no prefix.
-        CheckpointError: If ``directory`` is a file.
+        CheckpointError: If ``directory`` is a file, or the prefix is offloaded.
     """
     attachment = require(model)
-    checkpoint_files.write(Path(directory), attachment.config, attachment.tensors(model))
+    tensors = attachment.whole_tensors(model)
+    if attachment.writes():
+        checkpoint_files.write(Path(directory), attachment.config, tensors)
 
 
 def load(

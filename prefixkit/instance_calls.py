@@ -16,7 +16,9 @@ import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
 from prefixkit import checkpoint_files
+from prefixkit import transformers_internals as internals
 from prefixkit.attachment import require
+from prefixkit.cache_engine import CacheEngine
 from prefixkit.errors import CheckpointError, EngineError
 
 if TYPE_CHECKING:
@@ -43,6 +45,13 @@ class SavePretrained:
         """Save prefix and head, with a copy under the name that ``Trainer`` resumes from."""
         if push_to_hub:
             raise CheckpointError("pushing a prefix to the hub is not supported; save it and upload the folder")
+        attachment = require(self.model)
+        if state_dict is None:
+            tensors = attachment.whole_tensors(self.model)
+            is_main_process = is_main_process and attachment.writes()
+        else:  # gathered by the caller, where parameters are sharded
+            names = attachment.tensors(self.model) if is_main_process else ()
+            tensors = {name: state_dict[attachment.state_name(name)] for name in names}
         if not is_main_process:
             return
         if getattr(self.model, "_hf_peft_config_loaded", False):
@@ -50,10 +59,6 @@ class SavePretrained:
                 "this model has an adapter of PEFT beside its prefix, and save_pretrained would lose it; "
                 "save each apart: the prefix with prefixkit.save"
             )
-        attachment = require(self.model)
-        tensors = attachment.tensors(self.model)
-        if state_dict is not None:  # gathered by the caller, where parameters are sharded
-            tensors = {name: state_dict[attachment.state_name(name)] for name in tensors}
         directory = Path(save_directory)
         _refuse_to_overwrite_a_model(directory)
         checkpoint_files.write(directory, attachment.config, tensors)
@@ -97,6 +102,23 @@ class RefuseContinuousBatching:
         )
 
 
+class Generate:
+    """Stands in for ``model.generate`` with the cache engine, whose virtual tokens stand in the cache."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the method of the class; a cache that an earlier call returned is refused."""
+        if internals.held_prefix(kwargs.get("past_key_values")) is not None:
+            raise EngineError(
+                "a cache that generate() returned cannot start another generate() with the cache engine, since "
+                "generate() counts its virtual tokens as text; use engine='attention'"
+            )
+        generate = type(self.model).generate  # type: ignore[attr-defined]
+        return generate(self.model, *args, **kwargs)
+
+
 CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
@@ -104,11 +126,13 @@ def start_answering(model: PreTrainedModel) -> None:
     """Have this instance answer the calls of this module itself."""
     for name in CONTINUOUS_BATCHING:
         model.__dict__[name] = RefuseContinuousBatching()
+    if isinstance(require(model).engine, CacheEngine) and model.can_generate():
+        model.__dict__["generate"] = Generate(model)
     model.__dict__["save_pretrained"] = SavePretrained(model)
     model.__dict__["load_state_dict"] = LoadStateDict(model)
 
 
 def stop_answering(model: PreTrainedModel) -> None:
     """Give the calls back to the class."""
-    for name in ("save_pretrained", "load_state_dict", *CONTINUOUS_BATCHING):
+    for name in ("save_pretrained", "load_state_dict", "generate", *CONTINUOUS_BATCHING):
         model.__dict__.pop(name, None)

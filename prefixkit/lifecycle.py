@@ -15,7 +15,7 @@ from prefixkit.adapter import Adapter, Site
 from prefixkit.assembly import build, check_model, stacks_of
 from prefixkit.attachment import MODULE, Attachment, find, install, require, swap_head, uninstall
 from prefixkit.discovery import installed
-from prefixkit.errors import AttachmentError, ConfigError, MethodError
+from prefixkit.errors import AttachmentError, ConfigError, EngineError, MethodError
 from prefixkit.head import choose_head
 from prefixkit.instance_calls import start_answering, stop_answering
 from prefixkit.layout import Layout
@@ -170,12 +170,15 @@ def fold(model: Model) -> Model:
 
     Raises:
         AttachmentError: If the model has no prefix.
+        EngineError: If it is sharded or offloaded.
     """
     attachment = require(model)
     if isinstance(attachment.encoder, PrefixEncoder) and attachment.encoder.transform is None:
         return model
+    if attachment.is_sharded():
+        raise EngineError("FSDP would not know the folded prefix; fold it before the model is sharded")
     with torch.no_grad():
-        encoder = flat_encoder(attachment.encoder())
+        encoder = flat_encoder(attachment.flat())
     trains = any(value.requires_grad for value in attachment.encoder.parameters())
     encoder.requires_grad_(trains).train(attachment.encoder.training)
     attachment.encoder = encoder

@@ -60,7 +60,7 @@ def to_cache(model: PreTrainedModel, batch_size: int = 1) -> Cache:
         )
     module = model.get_submodule(decoder.path)
     with torch.no_grad():
-        flat = attachment.encoder().detach()
+        flat = attachment.flat().detach()
     pieces = attachment.prepared(flat, dtype=internals.compute_dtype(module), training=False)
     # Own memory: a caller may write into the cache, or train the prefix further.
     pieces = {path: KeyValue(key.clone(), value.clone()) for path, (key, value) in pieces.items()}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from prefixkit import transformers_internals as internals
 from prefixkit.adapter import PositionIds, PositionTable, Stack
 from prefixkit.call import StackCall
 from prefixkit.errors import EngineError
@@ -61,7 +62,13 @@ def look_up_placed(table: nn.Embedding, _: Any, output: torch.Tensor) -> torch.T
     if key != id(table) or rows is None:
         return output
     forget_positions()
-    return functional.embedding(rows.to(table.weight.device), table.weight)
+    if table.weight.is_meta:
+        raise EngineError(
+            "the position table is offloaded, and the prefix moves positions in it; keep it on a device in the device "
+            "map"
+        )
+    weight = internals.whole(table.weight)
+    return functional.embedding(rows.to(weight.device), weight)
 
 
 def forget_positions() -> None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from inspect import Parameter, signature
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -21,20 +24,30 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from prefixkit.errors import EngineError
 
+try:
+    from torch.distributed.tensor import DTensor
+except ImportError:  # torch was built without distributed, or is older than FSDP2's public place
+    SHARDED: tuple[type, ...] = ()
+else:
+    SHARDED = (DTensor,)
+
 AttentionFunction = Callable[..., tuple[torch.Tensor, Any]]
 
 MARK = "prefixkit_"
 HELD = "prefixkit_identity"
 """The attribute of a cache that says which prefix is in it."""
-WRAPPABLE = ("eager", "sdpa")
+WRAPPABLE = ("eager", "sdpa", "flex_attention")
 """Attention implementations whose masks the engine knows how to widen."""
 
 
 def config_of(module: nn.Module) -> PreTrainedConfig:
     """The config that ``module`` reads its settings from."""
-    config = module.config
+    config = getattr(module, "config", None)
     if not isinstance(config, PreTrainedConfig):
-        raise EngineError(f"{type(module).__name__} has no transformers config")
+        raise EngineError(
+            f"{type(module).__name__} has no transformers config, so it is no attention or stack that takes a prefix; "
+            "an adapter names the module that calls the attention function"
+        )
     return config
 
 
@@ -55,7 +68,7 @@ def check_wrappable(config: PreTrainedConfig) -> str:
     Raises:
         EngineError: If it cannot be wrapped.
     """
-    name = str(config._attn_implementation).removeprefix(MARK)
+    name = attention_implementation_of(config).removeprefix(MARK)
     if name not in WRAPPABLE:
         raise EngineError(
             f"the attention engine cannot wrap the attention implementation {name!r}; possible: "
@@ -64,9 +77,14 @@ def check_wrappable(config: PreTrainedConfig) -> str:
     return name
 
 
+def attention_implementation_of(config: PreTrainedConfig) -> str:
+    """The name of the attention implementation that ``config`` asks for, wrapped or not."""
+    return str(config._attn_implementation)
+
+
 def unwrap_implementation(config: PreTrainedConfig) -> None:
     """Undo :func:`wrap_implementation`."""
-    name = str(config._attn_implementation)
+    name = attention_implementation_of(config)
     if name.startswith(MARK):
         config._attn_implementation_internal = name.removeprefix(MARK)
 
@@ -91,6 +109,21 @@ def original_attention(name: str, module: nn.Module) -> AttentionFunction:
         if beside is not None:
             return beside
     raise EngineError(f"{type(module).__name__} has no eager attention function that could be wrapped")
+
+
+def new_block_mask(
+    mask_mod: Callable[..., torch.Tensor], batch: int, queries: int, keys: int, device: torch.device
+) -> Any:
+    """Flex attention's block mask of ``mask_mod(row, head, query, key)``, compiled as transformers' own are."""
+    return _compiled_create_block_mask()(mask_mod, batch, None, queries, keys, device=str(device))
+
+
+@cache
+def _compiled_create_block_mask() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    compiled: Callable[..., Any] = torch.compile(create_block_mask)
+    return compiled
 
 
 def takes_any_keyword(module: nn.Module) -> bool:
@@ -170,6 +203,56 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
         )
     kind = "cpu" if weights.is_meta else weights.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights.dtype
+
+
+def is_sharded(value: object) -> bool:
+    """Whether this process holds only its part of a tensor: a ``DTensor`` of FSDP2 or tensor parallel."""
+    return isinstance(value, SHARDED)
+
+
+def whole(value: Any) -> Any:
+    """A sharded tensor gathered from the processes that share it, all of which have to call; all else as it is."""
+    return value.full_tensor() if is_sharded(value) else value
+
+
+class WholeWeights(TorchFunctionMode):
+    """Inside, what an operation is given is whole: for reading weights outside of their own layer's call.
+
+    FSDP2 gathers the weights of a layer while that layer runs, and at no other time.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """``function`` of the whole tensors; asking for a device or a shape gathers nothing."""
+        if getattr(function, "__name__", "") != "__get__":
+            args = tuple(whole(value) for value in args)
+            kwargs = {name: whole(value) for name, value in (kwargs or {}).items()}
+        return function(*args, **(kwargs or {}))
+
+
+def whole_weights() -> AbstractContextManager[Any]:
+    """:class:`WholeWeights` where there is more than this process, else nothing."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return WholeWeights() if several else nullcontext()
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether the weights of ``model`` are spread over processes already, by FSDP2 or tensor parallel."""
+    return (getattr(model, "tp_size", None) or 1) > 1 or any(map(is_sharded, model.parameters()))
+
+
+def refuse_tensor_parallel(module: nn.Module, _args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of an attention module, whose own weights FSDP2 has gathered by then.
+
+    Raises:
+        EngineError: If they are still in pieces while gradients are recorded.
+    """
+    if torch.is_grad_enabled() and any(map(is_sharded, module.parameters())):
+        raise EngineError(
+            f"the heads of this {type(module).__name__} are spread over devices (tensor parallel), and the prefix "
+            "would get a part of its gradient only; tensor parallel is not supported in training"
+        )
 
 
 def real_device(model: nn.Module) -> torch.device:

@@ -9,7 +9,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import EncoderDecoderCache
 
 import prefixkit
 
@@ -23,26 +23,6 @@ def strengthen(model):
         for name, parameter in model.named_parameters():
             if name.startswith("prefixkit."):
                 parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", tiny.DECODERS)
-def test_bare_decoder_on_the_native_cache(name, method, attention):
-    model = tiny.make(name, attention=attention)
-    inputs = tiny.inputs(model, batch=3)
-    base = tiny.logits(model, **inputs)
-    prefixkit.apply(model, method=method, num_virtual_tokens=TOKENS)
-    strengthen(model)
-    expected = tiny.logits(model, **inputs)
-    assert (expected - base).abs().max() > 0.1
-    cache = prefixkit.to_cache(model, batch_size=3)
-    prefixkit.remove(model)
-    assert type(cache) is DynamicCache
-    assert cache.get_seq_length() == TOKENS
-    mask = torch.ones(3, TOKENS + 7, dtype=torch.long)
-    found = tiny.logits(model, input_ids=inputs["input_ids"], attention_mask=mask, past_key_values=cache)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -69,27 +49,6 @@ def test_bare_encoder_decoder_on_the_native_cache(name, method, attention):
         found = model.lm_head(found * (32**-0.5 if name.startswith("t5") else 1))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert cache.cross_attention_cache.get_seq_length() == TOKENS + 7, "the encoder's states come after the prefix"
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", tiny.EVERY)
-def test_engines_agree_in_values_and_gradients(name, method, attention):
-    model = tiny.make(name, attention=attention)
-    inputs = tiny.inputs(model)
-    stacks = ("decoder", "cross") if model.config.is_encoder_decoder else None
-    results = []
-    for engine in ("attention", "cache"):
-        torch.manual_seed(0)
-        prefixkit.apply(model, method=method, num_virtual_tokens=TOKENS, stacks=stacks, engine=engine)
-        strengthen(model)
-        out = model(**inputs).logits
-        out.square().sum().backward()
-        gradients = [value.grad for value in model.parameters() if value.requires_grad]
-        results.append((out.detach(), *gradients))
-        prefixkit.remove(model)
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 @given(st.data())

@@ -7,23 +7,30 @@ from typing import Any
 import torch
 from transformers import (
     BartConfig,
+    BartForCausalLM,
     BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import AttentionInterface
 
-import prefixkit
-
-VOCAB = 61
+VOCAB = 62
 PAD = 1
 DECODERS = ("gpt2", "llama", "llama-mqa")
 ENCODER_DECODERS = ("t5", "t5-deep-encoder", "bart")
@@ -61,6 +68,16 @@ def bart(**changes: Any) -> BartConfig:
     return BartConfig(**{**sizes, **depths, **special, **quiet, "max_position_embeddings": 96, **changes})
 
 
+def bert(**changes: Any) -> BertConfig:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "max_position_embeddings": 96, "pad_token_id": PAD}
+    return BertConfig(**{**sizes, **heads, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **changes})
+
+
+WINDOWED = llama_sizes(sliding_window=4, head_dim=8)
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 2}
+
 MAKERS = {
     "gpt2": lambda **changes: GPT2LMHeadModel(gpt2(**changes)),
     "llama": lambda **changes: LlamaForCausalLM(LlamaConfig(**llama_sizes(**changes))),
@@ -71,6 +88,12 @@ MAKERS = {
         t5(**{"num_layers": 3, "num_decoder_layers": 2, **changes})
     ),
     "bart": lambda **changes: BartForConditionalGeneration(bart(**changes)),
+    "bart-decoder": lambda **changes: BartForCausalLM(bart(encoder_layers=3, is_decoder=True, **changes)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**llama_sizes(head_dim=8))),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**WINDOWED, query_pre_attn_scalar=8)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**WINDOWED, query_pre_attn_scalar=8, layer_types=ALTERNATING)),
+    "gpt-oss": lambda: GptOssForCausalLM(GptOssConfig(**WINDOWED, **EXPERTS)),
+    "bert": lambda: BertForMaskedLM(bert()),
 }
 
 
@@ -121,28 +144,6 @@ def left_pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         ids[index, longest - len(row) :] = row
         mask[index, longest - len(row) :] = 1
     return ids, mask
-
-
-def attention_calls(model: PreTrainedModel) -> set[tuple[str, int, int, int]]:
-    """What a forward pass really called: module path, heads of K and V, their dims."""
-    names = {id(module): name for name, module in model.named_modules()}
-    calls = set()
-
-    def record(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
-        calls.add((names[id(module)], key.shape[1], key.shape[3], value.shape[3]))
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-
-    AttentionInterface.register("sdpa", record)
-    try:
-        logits(model, **inputs(model))
-    finally:
-        AttentionInterface.register("sdpa", sdpa_attention_forward)
-    return calls
-
-
-def stated_sites(model: PreTrainedModel) -> set[tuple[str, int, int, int]]:
-    """What the adapter says of the same."""
-    return {(site.path, site.kv_heads, site.key_dim, site.value_dim) for site in prefixkit.sites(model)}
 
 
 def enable_checkpointing(model: PreTrainedModel, *, reentrant: bool = False) -> None:

@@ -2,7 +2,21 @@
 
 from prefixkit import Adapter, PositionIds, Site, Stack, UnsupportedModelError, find_stack, hookimpl, join_path
 
-MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "granite", "olmo2", "phi3", "smollm3")
+MODEL_TYPES = (
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "granite",
+    "olmo2",
+    "phi3",
+    "smollm3",
+    "gemma2",
+    "gemma3_text",
+    "gpt_oss",
+)
 
 
 def window(config, attention):

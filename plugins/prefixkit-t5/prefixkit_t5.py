@@ -22,7 +22,9 @@ def prefix_bias(stack, query_positions, num_virtual_tokens):
         max_distance=attention.relative_attention_max_distance,
     )
     table = attention.relative_attention_bias
-    return table(buckets.to(table.weight.device)).permute(0, 3, 1, 2)
+    # Offloaded, the table comes back within its own call, which moves its arguments itself.
+    buckets = buckets if table.weight.is_meta else buckets.to(table.weight.device)
+    return table(buckets).permute(0, 3, 1, 2)
 
 
 def sites(model, path, stack, layers):

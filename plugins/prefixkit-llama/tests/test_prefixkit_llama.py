@@ -1,8 +1,15 @@
-"""The plugin is found by name and states exactly the attention calls of a forward pass."""
+"""The adapter passes the conformance kit."""
 
-import tiny
+import prefixkit_llama
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from prefixkit.testing import Conformance
 
 
-def test_sites_are_the_attention_calls():
-    model = tiny.make("llama")
-    assert tiny.stated_sites(model) == tiny.attention_calls(model) != set()
+class TestLlama(Conformance):
+    adapter = next(prefixkit_llama.prefixkit_adapters())
+
+    def make_model(self):
+        sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(**sizes, **heads, max_position_embeddings=96, pad_token_id=1))

@@ -1,0 +1,115 @@
+"""The class that a plugin's author subclasses, put together from its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pytest
+import torch
+
+from prefixkit.adapter import Adapter
+from prefixkit.testing.accelerated import Accelerated
+from prefixkit.testing.attention import Attention
+from prefixkit.testing.deviation import Deviation
+from prefixkit.testing.generation import Generation
+from prefixkit.testing.life import Life
+from prefixkit.testing.numbers import Numbers
+from prefixkit.testing.parallel import Parallel
+from prefixkit.testing.sites import Sites
+from prefixkit.testing.subject import Subject
+from prefixkit.testing.training import Training
+from prefixkit.testing.traits import Traits, concerns, traits_of
+from prefixkit.testing.with_trainer import WithTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHODS = ("p-tuning-v2", "prefix-tuning")
+REFUSED = "refused"
+"""The property of a test report that holds the reason of a clear refusal."""
+
+
+class Conformance(Sites, Numbers, Attention, Training, Generation, WithTrainer, Life, Parallel, Accelerated):
+    """All that an adapter has to fulfil. Subclass it, name the adapter, and make a tiny model.
+
+    A test that does not concern the model (windows in a model without any) is not part of the
+    subclass. A known deviation is named with its reason and has to fail, so that it cannot outlive
+    its cause.
+
+    Attributes:
+        adapter: The adapter under test; an installed plugin is never looked for.
+        device: Where the model runs.
+        deviations: Tests that cannot pass, each with its reason.
+        traits: What the model can do, found out from it.
+    """
+
+    pytestmark = pytest.mark.conformance
+
+    adapter: ClassVar[Adapter]
+    device: ClassVar[str] = "cpu"
+    deviations: ClassVar[tuple[Deviation, ...]] = ()
+    traits: ClassVar[Traits]
+
+    def make_model(self) -> PreTrainedModel:
+        """A tiny model: two or three layers, a vocabulary of 30 or more, 90 or more positions, no dropout.
+
+        It needs one output for each token: a language model, a tagger, or the bare body. Its
+        weights are replaced.
+        """
+        raise NotImplementedError("a conformance class makes a tiny model: def make_model(self)")
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Leave out the tests that do not concern the model; check the names of the deviations."""
+        super().__init_subclass__(**options)
+        if cls.make_model is Conformance.make_model:
+            return
+        subject = cls._new_subject()
+        cls.traits = subject.traits
+        tests = [name for name in dir(cls) if name.startswith("test_")]
+        for deviation in cls.deviations:
+            if deviation.test not in tests:
+                raise TypeError(f"{cls.__name__}.deviations names {deviation.test!r}, and there is no such test")
+        for name in tests:
+            if not concerns(getattr(cls, name), cls.traits):
+                setattr(cls, name, None)
+
+    @classmethod
+    def _new_subject(cls) -> Subject:
+        """To look at the model only; where the device is missing, its tests are made all the same."""
+        device = cls.device if torch.device(cls.device).type == "cpu" or torch.accelerator.is_available() else "cpu"
+        subject = Subject(cls.adapter, cls().make_model, device)
+        subject.traits = traits_of(subject, accelerated=torch.device(cls.device).type != "cpu")
+        return subject
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Run each test for all that it names among its arguments."""
+        choices: dict[str, tuple[Any, ...]] = {
+            "engine": ("attention", "cache") if self.traits.caches else ("attention",),
+            "method": METHODS,
+            "attention": self.traits.implementations,
+            "positions": ("shift", "none"),
+            "window": ("pinned", "slide") if self.traits.windowed else ("pinned",),
+            "dtype": ("bfloat16", "float16"),
+            "side": ("left", "right"),
+        }
+        for name, values in choices.items():
+            if name in metafunc.fixturenames:
+                metafunc.parametrize(name, values)
+
+    @pytest.fixture
+    def subject(self, request: pytest.FixtureRequest) -> Iterator[Subject]:
+        """The model under test."""
+        subject = Subject(self.adapter, self.make_model, self.device)
+        subject.traits = self.traits
+        yield subject
+        for reason in subject.refusals:
+            request.node.user_properties.append((REFUSED, reason))
+
+    @pytest.fixture(autouse=True)
+    def _known_deviation(self, request: pytest.FixtureRequest) -> None:
+        test = request.node.originalname
+        parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+        for deviation in self.deviations:
+            if deviation.covers(test, parameters):
+                request.applymarker(pytest.mark.xfail(strict=True, reason=deviation.reason))

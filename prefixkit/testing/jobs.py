@@ -1,0 +1,165 @@
+"""What the two processes do with a model: jobs for :func:`prefixkit.testing.workers.run`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import prefixkit
+from prefixkit.adapter import Adapter, Site, Stack
+from prefixkit.testing.subject import enable_checkpointing, loss_of, numbers_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Inputs = dict[str, torch.Tensor]
+Job = Callable[..., Any]
+
+PROCESSES = 2
+
+
+def outputs(model: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
+    """The outputs of the model as it arrived."""
+    with torch.no_grad():
+        return numbers_of(model(**inputs))
+
+
+def replicated_gradients(model: PreTrainedModel, inputs: Inputs, checkpointing: bool) -> Inputs:
+    """Gradients of a model that accelerate prepared, each process with its half of the batch."""
+    from accelerate import Accelerator  # type: ignore[import-untyped]
+    from torch.nn.parallel import DistributedDataParallel
+
+    _prepare(model, checkpointing=checkpointing)
+    prepared = Accelerator(cpu=True).prepare(model)
+    assert isinstance(prepared, DistributedDataParallel)
+    return _gradients(prepared, inputs)
+
+
+def sharded_gradients(model: PreTrainedModel, inputs: Inputs, checkpointing: bool) -> Inputs:
+    """Gradients of a model that FSDP2 sharded."""
+    _prepare(model, checkpointing=checkpointing)
+    shard(model)
+    return _gradients(model, inputs)
+
+
+def sharded_steps(model: PreTrainedModel, inputs: Inputs, folder: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Train a sharded model a step, save it, and give its outputs, with the prefix and without."""
+    shard(model)
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    loss_of(numbers_of(model(**_half(inputs)))).backward()
+    optimizer.step()
+    prefixkit.save(model, folder)
+    with torch.no_grad():
+        found = numbers_of(model(**inputs))
+        with prefixkit.disabled(model):
+            bare = numbers_of(model(**inputs))
+    torch.distributed.barrier()
+    return found, bare
+
+
+def sharded_generation(model: PreTrainedModel, inputs: Inputs, settings: dict[str, Any]) -> torch.Tensor:
+    """Tokens that a sharded model generates."""
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
+    shard(model)
+    # Without this, generate() calls an encoder whose outer modules are still in pieces.
+    register_fsdp_forward_method(model, "generate")
+    tokens: torch.Tensor = model.generate(**inputs, **settings)  # type: ignore[operator]
+    return tokens
+
+
+def sharded_before(model: PreTrainedModel, stated: tuple[Stack, ...], **options: Any) -> None:
+    """Apply a prefix to a model that FSDP2 has sharded."""
+    shard(model)
+    _apply(model, stated, **options)
+
+
+def tensor_parallel_before(model: PreTrainedModel, stated: tuple[Stack, ...], folder: str, **options: Any) -> None:
+    """Apply a prefix to a model that tensor parallel has spread: by its own plan, if it has one."""
+    if model.supports_tp_plan:
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        plan = DistributedConfig(tp_size=PROCESSES, tp_plan="auto")
+        model = type(model).from_pretrained(folder, distributed_config=plan)
+    else:
+        _spread(model, [site for stack in stated for site in stack.sites])
+    _apply(model, stated, **options)
+
+
+def tensor_parallel_after(model: PreTrainedModel, inputs: Inputs) -> None:
+    """Train a model with a prefix whose heads were spread afterwards."""
+    _spread(model, prefixkit.sites(model))
+    loss_of(numbers_of(model(**inputs))).backward()
+
+
+@dataclass(frozen=True)
+class Stated:
+    """The stacks that an adapter named, since the adapter itself may stand in a module that is not here."""
+
+    stacks: tuple[Stack, ...]
+
+    def __call__(self, _model: object) -> tuple[Stack, ...]:
+        """As ``Adapter.stacks``."""
+        return self.stacks
+
+
+def _apply(model: PreTrainedModel, stated: tuple[Stack, ...], **options: Any) -> None:
+    adapter = Adapter(model_types=(model.config.model_type,), stacks=Stated(stated))
+    prefixkit.apply(model, adapter=adapter, **options)
+
+
+def _spread(model: nn.Module, sites: list[Site]) -> None:
+    """Spread the weights of the attention at ``sites`` over the processes."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    for site in sites:
+        for module in model.get_submodule(site.path).modules():
+            for name, weight in list(module.named_parameters(recurse=False)):
+                spread = distribute_tensor(weight.detach(), mesh, [Shard(0)])
+                setattr(module, name, nn.Parameter(spread, requires_grad=False))
+
+
+def layers_of(model: nn.Module) -> list[str]:
+    """Paths of the layers: the members of every outermost list of modules."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    return [f"{name}.{index}" for name in outer for index in range(len(model.get_submodule(name)))]  # type: ignore[arg-type]
+
+
+def shard(model: nn.Module) -> None:
+    """FSDP2: every layer by itself, and the rest with the root."""
+    from torch.distributed.fsdp import fully_shard
+
+    for path in layers_of(model):
+        fully_shard(model.get_submodule(path))
+    fully_shard(model)
+
+
+def _prepare(model: PreTrainedModel, *, checkpointing: bool) -> None:
+    """Here and not before: a model that checkpoints cannot be pickled, with or without a prefix."""
+    if checkpointing:
+        enable_checkpointing(model)
+
+
+def _half(inputs: Inputs) -> Inputs:
+    rank = torch.distributed.get_rank()
+    return {name: value.chunk(PROCESSES)[rank] for name, value in inputs.items()}
+
+
+def _gradients(model: nn.Module, inputs: Inputs) -> Inputs:
+    loss_of(numbers_of(model(**_half(inputs)))).backward()
+    grads = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+    return {name.removeprefix("module."): _whole(grad) for name, grad in grads.items() if grad is not None}
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

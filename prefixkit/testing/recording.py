@@ -1,0 +1,97 @@
+"""What a forward pass of a bare model really calls, seen without any adapter."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prefixkit.transformers_internals import attention_implementation_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EAGER = "eager_attention_forward"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCall:
+    """One call of the attention function.
+
+    Attributes:
+        path: The module that called.
+        query: ``(batch, heads, queries, key_dim)``.
+        key: ``(batch, kv_heads, keys, key_dim)``, after rotation and after the cache update.
+        value: ``(batch, kv_heads, keys, value_dim)``.
+        mask: What the attention function was given.
+        options: Its further keyword arguments.
+    """
+
+    path: str
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    options: dict[str, Any]
+
+
+@contextmanager
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Inside the block the model uses the attention implementation ``name``."""
+    before = attention_implementation_of(model.config)
+    set_attention_implementation(model, name)
+    try:
+        yield
+    finally:
+        set_attention_implementation(model, before)
+
+
+def set_attention_implementation(model: PreTrainedModel, name: str) -> None:
+    """Also for stacks with a config of their own, which some versions of transformers leave out."""
+    for module in model.modules():
+        if hasattr(module, "set_attn_implementation"):
+            module.set_attn_implementation(name)
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run what transformers compiles by itself (flex attention) as plain torch: the same numbers, without the wait."""
+    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+        # What transformers itself calls to make and use block masks.
+        warnings.filterwarnings("ignore", "_compile flag on create_block_mask", DeprecationWarning)
+        warnings.filterwarnings("ignore", "(?s).*flex_attention called without torch.compile", UserWarning)
+        warnings.filterwarnings("ignore", ".torch.jit.script_method. is deprecated", DeprecationWarning)
+        yield
+
+
+@contextmanager
+def recorded_calls(model: PreTrainedModel) -> Iterator[list[AttentionCall]]:
+    """The attention calls of the bare ``model`` inside the block, in order; it runs eager attention there."""
+    calls: list[AttentionCall] = []
+    paths = {id(module): path for path, module in model.named_modules()}
+    files = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
+    eager = {name: getattr(sys.modules[name], EAGER) for name in files if hasattr(sys.modules[name], EAGER)}
+
+    def recorder(function: Any) -> Any:
+        def record(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
+            call = AttentionCall(
+                path=paths[id(module)], query=query, key=key, value=value, mask=attention_mask, options=options
+            )
+            calls.append(call)
+            return function(module, query, key, value, attention_mask, **options)
+
+        return record
+
+    with attention_implementation(model, "eager"):
+        try:
+            for name, function in eager.items():
+                setattr(sys.modules[name], EAGER, recorder(function))
+            yield calls
+        finally:
+            for name, function in eager.items():
+                setattr(sys.modules[name], EAGER, function)

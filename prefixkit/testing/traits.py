@@ -1,0 +1,130 @@
+"""What a bare model can do, found out without the adapter, and which tests therefore concern it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from inspect import signature
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from prefixkit.testing.recording import recorded_calls, uncompiled
+
+if TYPE_CHECKING:
+    from prefixkit.testing.subject import Subject
+
+Test = TypeVar("Test", bound=Callable[..., Any])
+
+IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What a bare model can do.
+
+    Attributes:
+        encodes: It has an encoder.
+        decodes: It has a decoder, whose attention is causal.
+        generates: It has ``generate``.
+        windowed: Some of its layers have a sliding window.
+        biased: Positions enter as a bias on the attention scores.
+        position_ids: Its ``forward`` takes ``position_ids``.
+        checkpoints: It can checkpoint its layers.
+        accelerated: It runs on an accelerator, where caches can be offloaded from.
+        implementations: The attention implementations that it runs with, bare.
+    """
+
+    encodes: bool
+    decodes: bool
+    generates: bool
+    windowed: bool
+    biased: bool
+    position_ids: bool
+    checkpoints: bool
+    accelerated: bool
+    implementations: tuple[str, ...]
+
+    @property
+    def decoder_only(self) -> bool:
+        """It is a decoder and nothing else."""
+        return self.decodes and not self.encodes
+
+    @property
+    def prompt_decodes(self) -> bool:
+        """It generates from a prompt, not from a source text."""
+        return self.decoder_only and self.generates
+
+    @property
+    def packs(self) -> bool:
+        """Several texts fit in one row, told apart by their positions."""
+        return self.decoder_only and self.position_ids
+
+    @property
+    def on_cpu(self) -> bool:
+        """It runs on the CPU, where processes talk through gloo."""
+        return not self.accelerated
+
+    @property
+    def has_sdpa(self) -> bool:
+        """It runs with torch's scaled_dot_product_attention."""
+        return "sdpa" in self.implementations
+
+    @property
+    def sees_everything(self) -> bool:
+        """None of its layers has a window."""
+        return not self.windowed
+
+    @property
+    def caches(self) -> bool:
+        """Part of it takes a key-value cache, so the cache engine can serve that part."""
+        return self.decodes
+
+
+def traits_of(subject: Subject, *, accelerated: bool) -> Traits:
+    """Find out by running the bare model."""
+    model = subject.bare()
+    with recorded_calls(model) as calls:
+        subject.logits(model, **subject.inputs(batch=1))
+    both = model.config.is_encoder_decoder
+    causal = both or any(_is_causal(call.mask) for call in calls)
+    return Traits(
+        encodes=both or not causal,
+        decodes=causal,
+        generates=causal and model.can_generate(),
+        windowed=any(call.options.get("sliding_window") for call in calls),
+        biased=any(call.options.get("position_bias") is not None for call in calls),
+        position_ids="position_ids" in signature(model.forward).parameters,
+        checkpoints=bool(model.supports_gradient_checkpointing),
+        accelerated=accelerated,
+        implementations=tuple(name for name in IMPLEMENTATIONS if _runs(subject, name)),
+    )
+
+
+def _is_causal(mask: Any) -> bool:
+    """Whether an eager mask hides later tokens from earlier ones."""
+    return mask is not None and mask.shape[-2] > 1 and bool((mask[..., 0, 1:] < 0).any())
+
+
+def _runs(subject: Subject, name: str) -> bool:
+    """Whether the bare model runs with an attention implementation; transformers refuses with these errors."""
+    try:
+        model = subject.bare(attention=name)
+        with uncompiled():
+            subject.logits(model, **subject.inputs(batch=1))
+    except (ValueError, ImportError):
+        return False
+    return True
+
+
+def needs(*names: str) -> Callable[[Test], Test]:
+    """Mark a test as one for models with these :class:`Traits` only; others do not get it at all."""
+
+    def mark(test: Test) -> Test:
+        test.__dict__["needed_traits"] = names
+        return test
+
+    return mark
+
+
+def concerns(test: Any, traits: Traits) -> bool:
+    """Whether a model with ``traits`` has to pass ``test``."""
+    return all(getattr(traits, name) for name in getattr(test, "needed_traits", ()))

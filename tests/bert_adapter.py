@@ -1,0 +1,27 @@
+"""An adapter for BERT: an encoder alone, for the tests."""
+
+from __future__ import annotations
+
+from prefixkit import Adapter, PositionIds, Site, Stack, find_stack, join_path
+
+
+def stacks(model):
+    """Yield the encoder of any task class."""
+    config = model.config
+    path = find_stack(model, "encoder.layer.0")
+    head_dim = config.hidden_size // config.num_attention_heads
+    sites = tuple(
+        Site(
+            path=join_path(path, f"encoder.layer.{layer}.attention.self"),
+            stack="encoder",
+            layer=layer,
+            kv_heads=config.num_attention_heads,
+            key_dim=head_dim,
+            value_dim=head_dim,
+        )
+        for layer in range(config.num_hidden_layers)
+    )
+    yield Stack(name="encoder", path=path, positions=PositionIds(limit=config.max_position_embeddings), sites=sites)
+
+
+ADAPTER = Adapter(model_types=("bert",), stacks=stacks)

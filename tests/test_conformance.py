@@ -1,0 +1,63 @@
+"""The conformance kit on further models: windows, soft caps, sinks, norms on queries and keys, an encoder."""
+
+from __future__ import annotations
+
+import bert_adapter
+import prefixkit_bart
+import prefixkit_llama
+import tiny
+
+from prefixkit.testing import Conformance, Deviation
+
+
+class LlamaLike(Conformance):
+    adapter = next(prefixkit_llama.prefixkit_adapters())
+
+
+class TestMistral(LlamaLike):
+    def make_model(self):
+        return tiny.MAKERS["mistral"]()
+
+
+class TestGemma2(LlamaLike):
+    def make_model(self):
+        return tiny.MAKERS["gemma2"]()
+
+
+class TestGemma3(LlamaLike):
+    def make_model(self):
+        return tiny.MAKERS["gemma3"]()
+
+
+class TestQwen3(LlamaLike):
+    def make_model(self):
+        return tiny.MAKERS["qwen3"]()
+
+
+class TestGptOss(LlamaLike):
+    deviations = (
+        Deviation(
+            "transformers does not tell packed texts apart in gpt-oss, prefix or not",
+            "test_packed_rows_equal_rows_apart",
+            {"engine": "attention"},
+        ),
+    )
+
+    def make_model(self):
+        return tiny.MAKERS["gpt-oss"]()
+
+
+class TestBARTDecoder(Conformance):
+    """A decoder alone with a position table."""
+
+    adapter = next(prefixkit_bart.prefixkit_adapters())
+
+    def make_model(self):
+        return tiny.MAKERS["bart-decoder"]()
+
+
+class TestBERT(Conformance):
+    adapter = bert_adapter.ADAPTER
+
+    def make_model(self):
+        return tiny.MAKERS["bert"]()

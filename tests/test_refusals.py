@@ -1,0 +1,135 @@
+"""Modes that cannot be right end in a clear error; that all others are right is the conformance kit's matter."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from transformers import DynamicCache, EncoderDecoderCache
+
+import prefixkit
+
+TOKENS = 5
+
+
+def with_prefix(name, engine="attention", **options):
+    model = tiny.make(name, **options.pop("changes", {}))
+    return prefixkit.apply(model, num_virtual_tokens=TOKENS, engine=engine, **options)
+
+
+CHECKPOINTING = {
+    "attention": "reentrant gradient checkpointing does not train every prefix (the graph of an MLP is gone when the "
+    "second layer is recomputed); enable checkpointing with its keyword arguments set to {'use_reentrant': False}",
+    "cache": "the cache engine cannot train under gradient checkpointing; use engine='attention'",
+}
+
+
+@pytest.mark.parametrize("engine", ["attention", "cache"])
+def test_checkpointing(engine):
+    model = with_prefix("gpt2", engine).train()
+    tiny.enable_checkpointing(model, reentrant=True)
+    with pytest.raises(prefixkit.EngineError) as error:
+        model(**tiny.inputs(model))
+    assert str(error.value) == CHECKPOINTING[engine]
+    model.eval()
+    model(**tiny.inputs(model))
+
+
+def test_packed_rows_through_the_cache():
+    model = with_prefix("gpt2", "cache")
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    message = (
+        "^position_ids do not go on where the cache ends, as in packed rows; the cache engine cannot serve that; "
+        "use engine='attention'$"
+    )
+    with pytest.raises(prefixkit.EngineError, match=message):
+        model(input_ids=tiny.tokens(1, 5), position_ids=positions, use_cache=False)
+
+
+def test_padding_under_a_window_through_the_cache():
+    model = with_prefix("mistral", "cache", window="slide")
+    ids, mask = tiny.left_pad([tiny.tokens(3), tiny.tokens(9)])
+    message = "^the cache engine cannot pad rows under a sliding window; use engine='attention'$"
+    with pytest.raises(prefixkit.EngineError, match=message):
+        model(input_ids=ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bart-decoder"])
+def test_several_turns_through_the_cache(name):
+    """generate would take the virtual tokens in the cache for tokens of the text."""
+    model = with_prefix(name, "cache")
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    out = model.generate(tiny.tokens(1, 6), return_dict_in_generate=True, **settings)
+    second = torch.cat([out.sequences, tiny.tokens(1, 9, seed=9)], dim=1)
+    message = (
+        r"^a cache that generate\(\) returned cannot start another generate\(\) with the cache engine, since "
+        r"generate\(\) counts its virtual tokens as text; use engine='attention'$"
+    )
+    with pytest.raises(prefixkit.EngineError, match=message):
+        model.generate(second, past_key_values=out.past_key_values, **settings)
+    fresh = model.generate(second, past_key_values=DynamicCache(config=model.config), **settings)
+    assert torch.equal(fresh, model.generate(second, **settings))
+
+
+@pytest.mark.parametrize("engine", ["attention", "cache"])
+def test_positions_past_the_table(engine):
+    model = with_prefix("gpt2", engine, changes={"n_positions": 10})
+    assert tiny.logits(model, input_ids=tiny.tokens(1, 5)).shape[1] == 5
+    message = (
+        "^position 10 is past the model's 10 positions, of which the prefix takes 5; "
+        "shorten the input or the prefix, or pass positions='none'$"
+    )
+    with pytest.raises(prefixkit.EngineError, match=message):
+        model(input_ids=tiny.tokens(1, 6))
+    # Padding takes no position.
+    ids, mask = tiny.left_pad([tiny.tokens(5), tiny.tokens(3)])
+    wider = torch.cat([torch.full((2, 4), tiny.PAD), ids], dim=1)
+    tiny.logits(model, input_ids=wider, attention_mask=torch.cat([torch.zeros(2, 4, dtype=torch.long), mask], dim=1))
+
+
+def test_continuous_batching():
+    """transformers would answer with empty lists, or with the base."""
+    model = with_prefix("llama")
+    message = r"^continuous batching does not serve a prefix; use generate\(\), or prefixkit.remove\(model\) first$"
+    with pytest.raises(prefixkit.EngineError, match=message):
+        model.generate_batch(inputs=[[5, 6, 7]])
+    prefixkit.remove(model)
+    assert model.generate_batch.__func__ is type(model).generate_batch
+
+
+def test_heads_that_are_not_what_the_adapter_said():
+    """As when a model's heads are spread over devices after ``apply``."""
+    model = with_prefix("llama")
+    site = prefixkit.sites(model)[0]
+    attention = model.get_submodule(site.path)
+    for name in ("k_proj", "v_proj"):
+        weight = getattr(attention, name).weight
+        weight.data = weight.data[: site.key_dim]
+    attention.num_key_value_groups = 4
+    message = (
+        r"^'model.layers.0.self_attn' has 1 heads of keys \(8\) and values \(8\) here, and the prefix 2 of \(8\) and "
+        r"\(8\); the adapter is wrong, or the model's heads are spread over devices"
+    )
+    with pytest.raises(prefixkit.EngineError, match=message):
+        model(**tiny.inputs(model))
+
+
+def test_flash_attention():
+    model = with_prefix("llama")
+    model.config._attn_implementation_internal = "flash_attention_2"
+    message = (
+        r"^the attention engine cannot wrap the attention implementation 'flash_attention_2'; possible: eager, sdpa, "
+        r"flex_attention. Call model.set_attn_implementation\('sdpa'\), or pass engine='cache'$"
+    )
+    with pytest.raises(prefixkit.EngineError, match=message):
+        model(**tiny.inputs(model))
+
+
+def test_decoder_deeper_than_encoder():
+    """transformers sizes T5's caches by the encoder and fails; with a cache that grows, generation works."""
+    model = with_prefix("t5")
+    ids = tiny.tokens(2, 6)
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    found = model.generate(ids, past_key_values=cache, **settings)
+    assert torch.equal(found, model.generate(ids, use_cache=False, **settings))
