@@ -68,10 +68,14 @@ class PositionIds:
     """The stack's ``forward`` takes ``position_ids``.
 
     Attributes:
-        limit: How many positions a learned table has; ``None`` where there is no table (rotary).
+        limit: How many positions a learned table has for tokens, reserved rows not counted;
+            ``None`` where there is no table (rotary).
+        offset: The id of position 0: not 0 where ids are rows of a table whose first rows are
+            reserved and the caller has to count them. Rows that the model adds by itself do not count.
     """
 
     limit: int | None = None
+    offset: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +85,7 @@ class PositionTable:
     Attributes:
         path: The embedding module, relative to the stack.
         offset: Row of position 0.
-        limit: How many positions the table has.
+        limit: How many positions the table has for tokens, rows before ``offset`` not counted.
     """
 
     path: str

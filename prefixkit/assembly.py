@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prefixkit import transformers_internals as internals
-from prefixkit.adapter import Adapter, Site, Stack
+from prefixkit.adapter import Adapter, PositionIds, Site, Stack
 from prefixkit.attachment import Attachment, carries_prefix, find
 from prefixkit.attention_engine import AttentionEngine
 from prefixkit.cache_engine import CacheEngine
@@ -104,9 +105,20 @@ def stacks_of(model: PreTrainedModel, adapter: Adapter) -> list[Stack]:
                 f"the adapter for {model.config.model_type!r} names {path!r}, which {type(model).__name__} lacks"
             )
     for stack in stacks:
+        _check_positions(model, stack)
         for site in stack.sites:
             _check_place(site, stack)
     return stacks
+
+
+def _check_positions(model: PreTrainedModel, stack: Stack) -> None:
+    """Ids that a caller may pass are never dropped without a word."""
+    takes_ids = "position_ids" in signature(model.get_submodule(stack.path).forward).parameters
+    if takes_ids and not isinstance(stack.positions, PositionIds):
+        raise PluginError(
+            f"the {stack.name} stack {stack.path!r} of {type(model).__name__} takes position_ids, and the adapter "
+            f"states {type(stack.positions).__name__}; state PositionIds"
+        )
 
 
 def _check_place(site: Site, stack: Stack) -> None:

@@ -32,6 +32,10 @@ KEY = "_prefixkit"
 """Where the attachment stands in the model's ``__dict__``."""
 MODULE = "prefixkit"
 """Name of the submodule that holds the prefix encoder, by the prefix's name."""
+IN_PIECES = (
+    "this process holds a part only, as under FSDP1 (FullyShardedDataParallel); use fully_shard (FSDP2), or do this "
+    "inside FullyShardedDataParallel.summon_full_params(model)"
+)
 FLAT = "prefix_flat"
 """The keyword under which a model with two stacks hands them the flat prefix, computed once."""
 
@@ -50,6 +54,8 @@ class Attachment:
         base_head: The head's values before ``apply``, by parameter name.
         disablers: How many :func:`prefixkit.disabled` blocks are under way.
         identity: Marks the caches that hold this prefix.
+        displaced: What the instance answered by itself before, where the prefix answers now.
+        shapes: Shapes of all that a checkpoint holds, while no process has a part only.
     """
 
     config: PrefixConfig
@@ -62,6 +68,8 @@ class Attachment:
     disablers: int = 0
     identity: str = field(default_factory=lambda: uuid.uuid4().hex)
     handles: list[Any] = field(default_factory=list)
+    displaced: dict[str, Any] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def enabled(self) -> bool:
@@ -91,6 +99,9 @@ class Attachment:
                 f"the prefix itself is offloaded; keep it on a device, with {MODULE!r} in the device map, or offload "
                 "the model before the prefix is applied"
             )
+        pieces = self._in_pieces(dict(self.encoder.named_parameters()))
+        if pieces:
+            raise EngineError(f"{pieces}: {IN_PIECES}")
         flat: torch.Tensor = self.encoder()
         if internals.is_sharded(flat) and torch.is_grad_enabled():
             raise EngineError(
@@ -120,13 +131,33 @@ class Attachment:
         """:meth:`tensors`, gathered where they are sharded: every process has to call.
 
         Raises:
-            CheckpointError: If they are offloaded.
+            CheckpointError: If they are offloaded, or FSDP1 holds them in pieces.
         """
         tensors = {name: internals.whole(value) for name, value in self.tensors(model).items()}
         offloaded = [name for name, value in tensors.items() if value.is_meta]
         if offloaded:
             raise CheckpointError(f"{', '.join(offloaded)}: offloaded, so there is nothing here to save")
+        self.check_whole(tensors)
         return tensors
+
+    def check_whole(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Refuse to save parts for the whole.
+
+        Raises:
+            CheckpointError: If one of ``tensors`` is not as large as it was when the prefix was applied.
+        """
+        pieces = self._in_pieces(tensors)
+        if pieces:
+            raise CheckpointError(f"{pieces}: {IN_PIECES}")
+
+    def note_shapes(self, model: nn.Module) -> None:
+        """Remember the shapes that :meth:`tensors` have now."""
+        self.shapes = {name: tuple(value.shape) for name, value in self.tensors(model).items()}
+
+    def _in_pieces(self, tensors: dict[str, torch.Tensor]) -> str:
+        """What is not as large as it was, with its shapes; empty if all is."""
+        found = ((name, tuple(value.shape), self.shapes.get(name)) for name, value in tensors.items())
+        return ", ".join(f"{name!r} is {now} of {whole}" for name, now, whole in found if whole and now != whole)
 
     def writes(self) -> bool:
         """Whether this process saves the prefix: of those that share it only the first."""
@@ -225,6 +256,7 @@ def install(model: PreTrainedModel, attachment: Attachment) -> None:
         for name, value in head_parameters(model, attachment.config.head).items():
             attachment.base_head[name] = value.detach().clone()
             value.requires_grad_(True)
+        attachment.note_shapes(model)
         model.add_module(MODULE, nn.ModuleDict({attachment.config.name: attachment.encoder}))
         attachment.encoder.train(model.training)
         attachment.engine.attach(model, attachment)

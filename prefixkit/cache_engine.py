@@ -70,7 +70,7 @@ class CacheEngine:
         offset = attachment.offset(stack)
         # Without a 2-D mask, what the caller says of positions must be what the cache implies.
         if isinstance(stack.positions, PositionIds) and call.mask is None:
-            _check_positions(arguments.get("position_ids"), call)
+            _check_positions(arguments.get("position_ids"), call, stack.positions.offset)
         place_positions(module, stack, arguments, call, offset)
         if internals.held_prefix(cache) is None:
             dtype = internals.compute_dtype(module)
@@ -204,11 +204,11 @@ def _check_padding(stack: Stack, call: StackCall, attachment: Attachment) -> Non
         )
 
 
-def _check_positions(given: torch.Tensor | None, call: StackCall) -> None:
+def _check_positions(given: torch.Tensor | None, call: StackCall, first: int) -> None:
     """Refuse packed rows, and a count of tokens that is not the cache's."""
     if given is None:
         return
-    expected = torch.arange(call.queries, device=given.device) + call.past
+    expected = torch.arange(call.queries, device=given.device) + call.past + first
     if not bool((given == expected).all()):
         raise EngineError(
             "position_ids do not go on where the cache ends, as in packed rows; the cache engine cannot serve that; "

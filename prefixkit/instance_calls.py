@@ -8,7 +8,8 @@ would run the base without its prefix, so it is refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from inspect import Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +53,10 @@ class SavePretrained:
         else:  # gathered by the caller, where parameters are sharded
             names = attachment.tensors(self.model) if is_main_process else ()
             tensors = {name: state_dict[attachment.state_name(name)] for name in names}
+            attachment.check_whole(tensors)
         if not is_main_process:
             return
-        if getattr(self.model, "_hf_peft_config_loaded", False):
+        if _has_peft_layers(self.model):
             raise CheckpointError(
                 "this model has an adapter of PEFT beside its prefix, and save_pretrained would lose it; "
                 "save each apart: the prefix with prefixkit.save"
@@ -64,6 +66,11 @@ class SavePretrained:
         checkpoint_files.write(directory, attachment.config, tensors)
         named = {attachment.state_name(name): value for name, value in tensors.items()}
         checkpoint_files.write_tensors(directory / RESUME_FILE, named, {checkpoint_files.HEADER: "a copy for Trainer"})
+
+
+def _has_peft_layers(model: PreTrainedModel) -> bool:
+    """Whether PEFT put layers of its own into the model, by ``add_adapter`` or ``get_peft_model``."""
+    return any(type(module).__module__.startswith("peft.") for module in model.modules())
 
 
 def _refuse_to_overwrite_a_model(directory: Path) -> None:
@@ -107,32 +114,47 @@ class Generate:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self.own: Callable[..., Any] | None = model.__dict__.get("generate")
+
+    @property
+    def __signature__(self) -> Signature:
+        return signature(self._original())
+
+    def _original(self) -> Callable[..., Any]:
+        """The instance's own function, or the bound method of its class."""
+        method: Callable[..., Any] = type(self.model).generate.__get__(self.model)  # type: ignore[attr-defined]
+        return self.own or method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the method of the class; a cache that an earlier call returned is refused."""
-        if internals.held_prefix(kwargs.get("past_key_values")) is not None:
+        cache = kwargs.get("past_key_values")
+        if require(self.model).enabled and internals.held_prefix(cache) is not None:
             raise EngineError(
-                "a cache that generate() returned cannot start another generate() with the cache engine, since "
-                "generate() counts its virtual tokens as text; use engine='attention'"
+                "a cache that holds a prefix, from generate() or to_cache(), cannot start generate() with the cache "
+                "engine, since generate() counts its virtual tokens as text; use engine='attention'"
             )
-        generate = type(self.model).generate  # type: ignore[attr-defined]
-        return generate(self.model, *args, **kwargs)
+        return self._original()(*args, **kwargs)
 
 
 CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 def start_answering(model: PreTrainedModel) -> None:
-    """Have this instance answer the calls of this module itself."""
-    for name in CONTINUOUS_BATCHING:
-        model.__dict__[name] = RefuseContinuousBatching()
-    if isinstance(require(model).engine, CacheEngine) and model.can_generate():
-        model.__dict__["generate"] = Generate(model)
-    model.__dict__["save_pretrained"] = SavePretrained(model)
-    model.__dict__["load_state_dict"] = LoadStateDict(model)
+    """Have this instance answer the calls of this module itself, and remember what it answered before."""
+    attachment = require(model)
+    answers: dict[str, Any] = dict.fromkeys(CONTINUOUS_BATCHING, RefuseContinuousBatching())
+    answers |= {"save_pretrained": SavePretrained(model), "load_state_dict": LoadStateDict(model)}
+    if isinstance(attachment.engine, CacheEngine) and model.can_generate():
+        answers["generate"] = Generate(model)
+    for name, answer in answers.items():
+        if name in model.__dict__:
+            attachment.displaced[name] = model.__dict__[name]
+        model.__dict__[name] = answer
 
 
 def stop_answering(model: PreTrainedModel) -> None:
-    """Give the calls back to the class."""
-    for name in ("save_pretrained", "load_state_dict", "generate", *CONTINUOUS_BATCHING):
-        model.__dict__.pop(name, None)
+    """Give the calls back to the class, or to what the instance had of its own."""
+    answers = (SavePretrained, LoadStateDict, Generate, RefuseContinuousBatching)
+    for name in [name for name, value in model.__dict__.items() if isinstance(value, answers)]:
+        del model.__dict__[name]
+    model.__dict__.update(require(model).displaced)

@@ -185,6 +185,7 @@ def fold(model: Model) -> Model:
     attachment.config = replace(attachment.config, folded=True)
     holder = model.get_submodule(MODULE)
     holder.add_module(attachment.config.name, encoder)
+    attachment.note_shapes(model)
     return model
 
 

@@ -38,9 +38,9 @@ def place_positions(
     kind = stack.positions
     if isinstance(kind, PositionIds):
         given = arguments.get("position_ids")
-        real = call.token_positions() if given is None else given
+        real = call.token_positions() if given is None else given - kind.offset
         _check_limit(real, kind.limit, offset, call)
-        arguments["position_ids"] = real + offset
+        arguments["position_ids"] = real + offset + kind.offset
         return real
     real = call.token_positions()
     if isinstance(kind, PositionTable):

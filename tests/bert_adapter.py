@@ -1,4 +1,4 @@
-"""An adapter for BERT: an encoder alone, for the tests."""
+"""An adapter for BERT and RoBERTa: an encoder alone, for the tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def stacks(model):
         )
         for layer in range(config.num_hidden_layers)
     )
-    yield Stack(name="encoder", path=path, positions=PositionIds(limit=config.max_position_embeddings), sites=sites)
+    # RoBERTa's position ids start behind that of the padding.
+    first = config.pad_token_id + 1 if config.model_type == "roberta" else 0
+    positions = PositionIds(limit=config.max_position_embeddings - first, offset=first)
+    yield Stack(name="encoder", path=path, positions=positions, sites=sites)
 
 
-ADAPTER = Adapter(model_types=("bert",), stacks=stacks)
+ADAPTER = Adapter(model_types=("bert", "roberta"), stacks=stacks)

@@ -61,3 +61,12 @@ class TestBERT(Conformance):
 
     def make_model(self):
         return tiny.MAKERS["bert"]()
+
+
+class TestRoBERTa(Conformance):
+    """Position ids that start behind that of the padding."""
+
+    adapter = bert_adapter.ADAPTER
+
+    def make_model(self):
+        return tiny.MAKERS["roberta"]()

@@ -62,13 +62,43 @@ def test_several_turns_through_the_cache(name):
     out = model.generate(tiny.tokens(1, 6), return_dict_in_generate=True, **settings)
     second = torch.cat([out.sequences, tiny.tokens(1, 9, seed=9)], dim=1)
     message = (
-        r"^a cache that generate\(\) returned cannot start another generate\(\) with the cache engine, since "
-        r"generate\(\) counts its virtual tokens as text; use engine='attention'$"
+        r"^a cache that holds a prefix, from generate\(\) or to_cache\(\), cannot start generate\(\) with the cache "
+        r"engine, since generate\(\) counts its virtual tokens as text; use engine='attention'$"
     )
     with pytest.raises(prefixkit.EngineError, match=message):
         model.generate(second, past_key_values=out.past_key_values, **settings)
     fresh = model.generate(second, past_key_values=DynamicCache(config=model.config), **settings)
     assert torch.equal(fresh, model.generate(second, **settings))
+
+
+def test_a_native_cache_starts_generate_of_the_bare_model():
+    model = with_prefix("llama", "cache")
+    ids, settings = tiny.tokens(1, 6), {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, **settings)
+    # generate() takes the tokens that the cache holds for read.
+    read = torch.cat([torch.full((1, TOKENS), 3), ids], dim=1)
+    cache = prefixkit.to_cache(model)
+    with prefixkit.disabled(model):
+        found = model.generate(read, past_key_values=cache, **settings)
+    assert torch.equal(found[:, TOKENS:], expected)
+
+
+def test_parts_of_a_prefix_are_not_saved(tmp_path):
+    """FSDP1 leaves each process a flat part of every parameter, outside of its own calls."""
+    model = with_prefix("gpt2")
+    weight = model.prefixkit.default.embedding.weight
+    weight.data = weight.data.reshape(-1)[:480]
+    message = (
+        r"^'embedding.weight' is \(480,\) of \(5, 192\): this process holds a part only, as under FSDP1 "
+        r"\(FullyShardedDataParallel\); use fully_shard \(FSDP2\), or do this inside "
+    )
+    with pytest.raises(prefixkit.CheckpointError, match=message):
+        prefixkit.save(model, tmp_path)
+    with pytest.raises(prefixkit.CheckpointError, match=message):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(prefixkit.EngineError, match=message):
+        prefixkit.to_cache(model)
 
 
 @pytest.mark.parametrize("engine", ["attention", "cache"])

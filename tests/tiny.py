@@ -26,6 +26,8 @@ from transformers import (
     PreTrainedModel,
     Qwen3Config,
     Qwen3ForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -68,12 +70,17 @@ def bart(**changes: Any) -> BartConfig:
     return BartConfig(**{**sizes, **depths, **special, **quiet, "max_position_embeddings": 96, **changes})
 
 
-def bert(**changes: Any) -> BertConfig:
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
-    heads = {"num_attention_heads": 4, "max_position_embeddings": 96, "pad_token_id": PAD}
-    return BertConfig(**{**sizes, **heads, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **changes})
-
-
+BERT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 98,
+    "pad_token_id": PAD,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
 WINDOWED = llama_sizes(sliding_window=4, head_dim=8)
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 2}
@@ -93,7 +100,8 @@ MAKERS = {
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**WINDOWED, query_pre_attn_scalar=8)),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**WINDOWED, query_pre_attn_scalar=8, layer_types=ALTERNATING)),
     "gpt-oss": lambda: GptOssForCausalLM(GptOssConfig(**WINDOWED, **EXPERTS)),
-    "bert": lambda: BertForMaskedLM(bert()),
+    "bert": lambda: BertForMaskedLM(BertConfig(**BERT)),
+    "roberta": lambda: RobertaForMaskedLM(RobertaConfig(**BERT)),
 }
 
 

@@ -62,8 +62,8 @@ class Conformance(Sites, Numbers, Attention, Training, Generation, WithTrainer, 
     def __init_subclass__(cls, **options: Any) -> None:
         """Leave out the tests that do not concern the model; check the names of the deviations."""
         super().__init_subclass__(**options)
-        if cls.make_model is Conformance.make_model:
-            return
+        if cls.make_model is Conformance.make_model or not hasattr(cls, "adapter"):
+            return  # a base class for others
         subject = cls._new_subject()
         cls.traits = subject.traits
         tests = [name for name in dir(cls) if name.startswith("test_")]
@@ -78,12 +78,16 @@ class Conformance(Sites, Numbers, Attention, Training, Generation, WithTrainer, 
     def _new_subject(cls) -> Subject:
         """To look at the model only; where the device is missing, its tests are made all the same."""
         device = cls.device if torch.device(cls.device).type == "cpu" or torch.accelerator.is_available() else "cpu"
+        _check_model(cls.__name__, cls().make_model())
         subject = Subject(cls.adapter, cls().make_model, device)
+        _check_outputs(cls.__name__, subject)
         subject.traits = traits_of(subject, accelerated=torch.device(cls.device).type != "cpu")
         return subject
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Run each test for all that it names among its arguments."""
+        if not hasattr(self, "traits"):
+            raise TypeError(f"{type(self).__name__} needs an adapter and a make_model")
         choices: dict[str, tuple[Any, ...]] = {
             "engine": ("attention", "cache") if self.traits.caches else ("attention",),
             "method": METHODS,
@@ -113,3 +117,28 @@ class Conformance(Sites, Numbers, Attention, Training, Generation, WithTrainer, 
         for deviation in self.deviations:
             if deviation.covers(test, parameters):
                 request.applymarker(pytest.mark.xfail(strict=True, reason=deviation.reason))
+
+
+def _check_model(name: str, model: object) -> None:
+    """Refuse what no test could be fair to."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"{name}.make_model returns {type(model).__name__}; it has to return a transformers model")
+    config = model.config.get_text_config()
+    for field, least in (("vocab_size", 30), ("max_position_embeddings", 90)):
+        value = getattr(config, field, None)
+        if isinstance(value, int) and value < least:
+            raise TypeError(f"{name}.make_model gives a model with {field}={value}; the tests need {least} or more")
+
+
+def _check_outputs(name: str, subject: Subject) -> None:
+    """Refuse a model that does not answer token by token."""
+    inputs = subject.inputs(batch=2)
+    expected = tuple(inputs.get("decoder_input_ids", inputs["input_ids"]).shape)
+    found = tuple(subject.logits(subject.bare(), **inputs).shape)
+    if found[:2] != expected or len(found) != 3:
+        raise TypeError(
+            f"{name}.make_model gives a model whose outputs are {found} for {expected} tokens; it has to give one "
+            "vector for each token: a language model, a tagger, or the bare body"
+        )

@@ -107,4 +107,4 @@ def _same_gradients(subject: Subject, job: jobs.Job, *, checkpointing: bool = Fa
             assert gradient is not None
             size = float(gradient.abs().max())
             assert size > 0, "no gradient to compare"
-            torch.testing.assert_close(found[name], gradient, atol=1e-5 * size, rtol=1e-4)
+            torch.testing.assert_close(found[name], gradient, atol=1e-4 * size, rtol=1e-3)

@@ -79,7 +79,7 @@ class PromptOracle:
         if not subject.traits.position_ids:
             stack = "decoder" if subject.traits.decodes else "encoder"
             return self._with_moved_table(stack, self.model, arguments, length)[:, TOKENS:]
-        places = torch.cat([torch.arange(TOKENS), torch.arange(length)])
+        places = torch.cat([torch.arange(TOKENS), torch.arange(length)]) + subject.traits.first_position
         arguments["position_ids"] = places.expand(len(text), -1).to(ids.device)
         return subject.logits(self.model, **arguments)[:, TOKENS:]
 
@@ -198,4 +198,7 @@ def text_as_prompt(subject: Subject, *, engine: str, attention: str, shift: bool
     inputs = subject.inputs(batch=3)
     with uncompiled():
         found = subject.logits(model, **inputs)
-    torch.testing.assert_close(found, oracle.logits(inputs), atol=1e-4, rtol=1e-4)
+    hint = f"with {options}: where one positions= is right and the other not, look at the stack's positions"
+    torch.testing.assert_close(
+        found, oracle.logits(inputs), atol=1e-4, rtol=1e-4, msg=lambda difference: f"{difference}\n{hint}"
+    )

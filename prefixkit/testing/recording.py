@@ -53,9 +53,9 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
 
 def set_attention_implementation(model: PreTrainedModel, name: str) -> None:
     """Also for stacks with a config of their own, which some versions of transformers leave out."""
-    for module in model.modules():
-        if hasattr(module, "set_attn_implementation"):
-            module.set_attn_implementation(name)
+    stacks: list[Any] = [module for module in model.modules() if hasattr(module, "set_attn_implementation")]
+    for stack in stacks:
+        stack.set_attn_implementation(name)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from prefixkit.testing.table import DEVIATES, RAISES, RIGHT, SKIPPED, Result, mo
 
 MARKERS = {
     "conformance": "a test of the conformance kit",
-    "slow": "a minute of work or more",
+    "slow": "compiles whole steps",
     "gpu": "needs a GPU",
 }
 

@@ -163,12 +163,17 @@ class Subject:
 
 
 def strengthen(model: PreTrainedModel) -> None:
-    """Make the prefix of ``model`` as large as a model's own keys and values, the same for the same shapes."""
+    """Make the prefix of ``model`` as large as a model's own keys and values, the same for the same shapes.
+
+    The weights of an MLP are divided by the square root of what they sum over, which keeps its
+    output as large as its input, and rounding small.
+    """
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.startswith("prefixkit."):
                 generator = torch.Generator().manual_seed(len(name))
-                weight.copy_(torch.randn(weight.shape, generator=generator))
+                size = 1.0 if "embedding" in name else weight.shape[-1] ** -0.5
+                weight.copy_(torch.randn(weight.shape, generator=generator) * size)
 
 
 def numbers_of(output: Any) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prefixkit.errors import EngineError
-from prefixkit.testing.subject import Subject, enable_checkpointing
+from prefixkit.testing.subject import Subject, enable_checkpointing, loss_of
 from prefixkit.testing.traits import needs
 
 if TYPE_CHECKING:
@@ -92,15 +92,17 @@ class Training:
         rows = subject.ragged(4, 7, 1, 3)
         packed = torch.cat(rows)[None]
         places = torch.cat([torch.arange(len(row)) for row in rows])[None].to(packed.device)
+        places += subject.traits.first_position
         with subject.may_refuse(engine):
             model = subject.with_prefix(engine=engine, positions=positions, window=window)
             apart = torch.cat([subject.outputs(model, input_ids=row[None]) for row in rows], dim=1)
-            apart.square().mean().backward()
+            loss_of(apart).backward()
             expected = subject.gradients(model)
             model.zero_grad()
             found = subject.outputs(model, input_ids=packed, position_ids=places, use_cache=False)
+            _bare_tells_apart(subject, rows, packed, places)
             torch.testing.assert_close(found, apart, atol=1e-4, rtol=1e-4)
-            found.square().mean().backward()
+            loss_of(found).backward()
             _assert_equal(subject.gradients(model), expected)
 
     def test_accumulated_gradients(self, subject: Subject, engine: str, method: str) -> None:
@@ -143,6 +145,15 @@ class Training:
                 optimizer.step()
             results.append([value.detach().clone() for value in trained])
         _assert_equal(results[1], results[0])
+
+
+def _bare_tells_apart(subject: Subject, rows: list[torch.Tensor], packed: torch.Tensor, places: torch.Tensor) -> None:
+    """Whether a failure would be the bare model's already."""
+    bare = subject.bare()
+    apart = torch.cat([subject.logits(bare, input_ids=row[None]) for row in rows], dim=1)
+    found = subject.logits(bare, input_ids=packed, position_ids=places, use_cache=False)
+    message = "the bare model does not tell packed texts apart"
+    torch.testing.assert_close(found, apart, atol=1e-4, rtol=1e-4, msg=message)
 
 
 def _two_forwards(subject: Subject, model: PreTrainedModel) -> list[torch.Tensor]:

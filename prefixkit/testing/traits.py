@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from prefixkit.testing.recording import recorded_calls, uncompiled
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from prefixkit.testing.subject import Subject
 
 Test = TypeVar("Test", bound=Callable[..., Any])
@@ -28,6 +32,7 @@ class Traits:
         windowed: Some of its layers have a sliding window.
         biased: Positions enter as a bias on the attention scores.
         position_ids: Its ``forward`` takes ``position_ids``.
+        first_position: The id of the first token's position; not 0 where ids count reserved rows.
         checkpoints: It can checkpoint its layers.
         accelerated: It runs on an accelerator, where caches can be offloaded from.
         implementations: The attention implementations that it runs with, bare.
@@ -39,6 +44,7 @@ class Traits:
     windowed: bool
     biased: bool
     position_ids: bool
+    first_position: int
     checkpoints: bool
     accelerated: bool
     implementations: tuple[str, ...]
@@ -93,10 +99,25 @@ def traits_of(subject: Subject, *, accelerated: bool) -> Traits:
         windowed=any(call.options.get("sliding_window") for call in calls),
         biased=any(call.options.get("position_bias") is not None for call in calls),
         position_ids="position_ids" in signature(model.forward).parameters,
+        first_position=_first_position(subject, model),
         checkpoints=bool(model.supports_gradient_checkpointing),
         accelerated=accelerated,
         implementations=tuple(name for name in IMPLEMENTATIONS if _runs(subject, name)),
     )
+
+
+def _first_position(subject: Subject, model: PreTrainedModel) -> int:
+    """With which id the model starts to count by itself."""
+    if "position_ids" not in signature(model.forward).parameters:
+        return 0
+    inputs = subject.inputs(batch=1)
+    expected = subject.logits(model, **inputs)
+    places = torch.arange(inputs["input_ids"].shape[1], device=expected.device)[None]
+    for first in range(8):
+        found = subject.logits(model, **inputs, position_ids=places + first)
+        if torch.allclose(found, expected, atol=1e-5):
+            return first
+    raise AssertionError("position_ids from 0 to 7 as the first all give other outputs than none")
 
 
 def _is_causal(mask: Any) -> bool:
