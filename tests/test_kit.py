@@ -27,7 +27,7 @@ UNPROVEN = {
         "test_tensor_parallel_after_apply_is_refused",
         "test_tensor_parallel_before_apply_is_refused",
     },
-    "they need a GPU, another package, or too long": {
+    "they need a GPU, or too long": {
         "test_bfloat16_kernels_agree",
         "test_compiled_static_cache",
         "test_compiled_training_step",
@@ -35,7 +35,6 @@ UNPROVEN = {
         "test_decoding_with_the_flash_kernel",
         "test_gradients_of_the_kernels_agree",
         "test_offloaded_cache",
-        "test_quantized_cache",
     },
     "without our refusal transformers refuses": {"test_continuous_batching_is_right_or_refused"},
     "what can be planted breaks the plain test first": {"test_layers_on_disk", "test_resume_under_checkpointing"},
