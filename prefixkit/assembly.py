@@ -49,9 +49,8 @@ def build(model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None)
     """A finished attachment for ``config``, not yet on the model, which stays as it is."""
     if internals.is_spread(model):
         raise UnsupportedModelError(
-            f"the weights of this {type(model).__name__} are spread over processes already, and the prefix would not "
-            "be kept alike in all of them; apply or load it first, then shard with fully_shard. Tensor parallel is not "
-            "supported"
+            "the weights of this model are spread over processes already, and the prefix would not be kept alike in "
+            "all of them; apply or load it first, then shard with fully_shard. Tensor parallel is not supported"
         )
     adapter = adapter or installed().adapter_for(config.model_type)
     stacks = _select(model, stacks_of(model, adapter), config)

@@ -82,7 +82,6 @@ def _check_limit(real: torch.Tensor, limit: int | None, offset: int, call: Stack
         return
     last = int(real.max()) + offset
     if last >= limit:
-        raise EngineError(
-            f"position {last} is past the model's {limit} positions, of which the prefix takes {offset}; "
-            "shorten the input or the prefix, or pass positions='none'"
-        )
+        takes = f", of which the prefix takes {offset}" if offset else ""
+        instead = " or the prefix, or pass positions='none'" if offset else ""
+        raise EngineError(f"position {last} is past the model's {limit} positions{takes}; shorten the input{instead}")
