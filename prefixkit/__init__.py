@@ -13,109 +13,53 @@ __version__ = "0.1.0.dev0"
 if TYPE_CHECKING:
     from prefixkit.adapter import (
         Adapter as Adapter,
-    )
-    from prefixkit.adapter import (
         PositionIds as PositionIds,
-    )
-    from prefixkit.adapter import (
         PositionTable as PositionTable,
-    )
-    from prefixkit.adapter import (
         RelativeBias as RelativeBias,
-    )
-    from prefixkit.adapter import (
         Site as Site,
-    )
-    from prefixkit.adapter import (
         Stack as Stack,
-    )
-    from prefixkit.adapter import (
         find_stack as find_stack,
-    )
-    from prefixkit.adapter import (
         join_path as join_path,
     )
     from prefixkit.checkpoint import (
         load as load,
-    )
-    from prefixkit.checkpoint import (
         save as save,
     )
     from prefixkit.discovery import (
         PluginInfo as PluginInfo,
-    )
-    from prefixkit.discovery import (
         plugins as plugins,
     )
     from prefixkit.errors import (
         AdapterConflictError as AdapterConflictError,
-    )
-    from prefixkit.errors import (
         AttachmentError as AttachmentError,
-    )
-    from prefixkit.errors import (
         CheckpointError as CheckpointError,
-    )
-    from prefixkit.errors import (
         ConfigError as ConfigError,
-    )
-    from prefixkit.errors import (
         EngineError as EngineError,
-    )
-    from prefixkit.errors import (
         MethodError as MethodError,
-    )
-    from prefixkit.errors import (
         PluginError as PluginError,
-    )
-    from prefixkit.errors import (
         PrefixkitError as PrefixkitError,
-    )
-    from prefixkit.errors import (
         UnknownAdapterError as UnknownAdapterError,
-    )
-    from prefixkit.errors import (
         UnsupportedModelError as UnsupportedModelError,
     )
-    from prefixkit.hookspecs import (
-        hookimpl as hookimpl,
-    )
+    from prefixkit.hookspecs import hookimpl as hookimpl
     from prefixkit.layout import (
         KeyValue as KeyValue,
-    )
-    from prefixkit.layout import (
         Layout as Layout,
     )
     from prefixkit.lifecycle import (
         apply as apply,
-    )
-    from prefixkit.lifecycle import (
         config as config,
-    )
-    from prefixkit.lifecycle import (
         disabled as disabled,
-    )
-    from prefixkit.lifecycle import (
         fold as fold,
-    )
-    from prefixkit.lifecycle import (
         remove as remove,
-    )
-    from prefixkit.lifecycle import (
         sites as sites,
     )
     from prefixkit.method import (
         Method as Method,
-    )
-    from prefixkit.method import (
         PrefixShape as PrefixShape,
     )
-    from prefixkit.native_cache import (
-        to_cache as to_cache,
-    )
-    from prefixkit.prefix_config import (
-        PrefixConfig as PrefixConfig,
-    )
+    from prefixkit.native_cache import to_cache as to_cache
+    from prefixkit.prefix_config import PrefixConfig as PrefixConfig
 
 _HOME = {
     "apply": "lifecycle",

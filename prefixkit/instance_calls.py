@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
-from prefixkit import checkpoint_files
-from prefixkit import transformers_internals as internals
+from prefixkit import checkpoint_files, transformers_internals as internals
 from prefixkit.attachment import require
 from prefixkit.cache_engine import CacheEngine
 from prefixkit.errors import CheckpointError, EngineError

@@ -9,8 +9,7 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from transformers import GPT2ForSequenceClassification
 
 import prefixkit

@@ -7,22 +7,14 @@ from itertools import pairwise
 import pytest
 import tiny
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from transformers import EncoderDecoderCache
 
 import prefixkit
+from prefixkit.testing.subject import strengthen
 
 TOKENS = 5
 METHODS = ("p-tuning-v2", "prefix-tuning")
-
-
-def strengthen(model):
-    """Make the prefix large enough to matter as much as the model's own keys."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith("prefixkit."):
-                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

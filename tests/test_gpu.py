@@ -2,88 +2,59 @@
 
 from __future__ import annotations
 
-import bert_adapter
-import prefixkit_bart
-import prefixkit_gpt2
-import prefixkit_llama
-import prefixkit_t5
 import pytest
-import tiny
-
-from prefixkit.testing import Conformance, Deviation
+import test_conformance
+import test_prefixkit_bart
+import test_prefixkit_gpt2
+import test_prefixkit_llama
+import test_prefixkit_t5
 
 pytestmark = pytest.mark.gpu
 
 
-class OnGPU(Conformance):
+class TestGPT2OnGPU(test_prefixkit_gpt2.TestGPT2):
     device = "cuda"
 
 
-class LlamaLikeOnGPU(OnGPU):
-    adapter = next(prefixkit_llama.prefixkit_adapters())
+class TestLlamaOnGPU(test_prefixkit_llama.TestLlama):
+    device = "cuda"
 
 
-class TestGPT2OnGPU(OnGPU):
-    adapter = next(prefixkit_gpt2.prefixkit_adapters())
-
-    def make_model(self):
-        return tiny.MAKERS["gpt2"]()
+class TestT5OnGPU(test_prefixkit_t5.TestT5):
+    device = "cuda"
 
 
-class TestLlamaOnGPU(LlamaLikeOnGPU):
-    def make_model(self):
-        return tiny.MAKERS["llama"]()
+class TestBARTOnGPU(test_prefixkit_bart.TestBART):
+    device = "cuda"
 
 
-class TestT5OnGPU(OnGPU):
-    adapter = next(prefixkit_t5.prefixkit_adapters())
-
-    def make_model(self):
-        return tiny.MAKERS["t5-deep-encoder"]()
+class TestMistralOnGPU(test_conformance.TestMistral):
+    device = "cuda"
 
 
-class TestBARTOnGPU(OnGPU):
-    adapter = next(prefixkit_bart.prefixkit_adapters())
-
-    def make_model(self):
-        return tiny.MAKERS["bart"]()
+class TestGemma2OnGPU(test_conformance.TestGemma2):
+    device = "cuda"
 
 
-class TestMistralOnGPU(LlamaLikeOnGPU):
-    def make_model(self):
-        return tiny.MAKERS["mistral"]()
+class TestGemma3OnGPU(test_conformance.TestGemma3):
+    device = "cuda"
 
 
-class TestGemma2OnGPU(LlamaLikeOnGPU):
-    def make_model(self):
-        return tiny.MAKERS["gemma2"]()
+class TestQwen3OnGPU(test_conformance.TestQwen3):
+    device = "cuda"
 
 
-class TestGemma3OnGPU(LlamaLikeOnGPU):
-    def make_model(self):
-        return tiny.MAKERS["gemma3"]()
+class TestGptOssOnGPU(test_conformance.TestGptOss):
+    device = "cuda"
 
 
-class TestQwen3OnGPU(LlamaLikeOnGPU):
-    def make_model(self):
-        return tiny.MAKERS["qwen3"]()
+class TestBARTDecoderOnGPU(test_conformance.TestBARTDecoder):
+    device = "cuda"
 
 
-class TestGptOssOnGPU(LlamaLikeOnGPU):
-    deviations = (
-        Deviation(
-            "transformers does not tell packed texts apart in gpt-oss, prefix or not",
-            "test_packed_rows_equal_rows_apart",
-            {"engine": "attention"},
-        ),
-    )
-
-    def make_model(self):
-        return tiny.MAKERS["gpt-oss"]()
+class TestBERTOnGPU(test_conformance.TestBERT):
+    device = "cuda"
 
 
-class TestBertOnGPU(OnGPU):
-    adapter = bert_adapter.ADAPTER
-
-    def make_model(self):
-        return tiny.MAKERS["bert"]()
+class TestRoBERTaOnGPU(test_conformance.TestRoBERTa):
+    device = "cuda"

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_prefixkit_llama import TestLlama as Llama
 
 from prefixkit.testing import Conformance
 
@@ -98,3 +99,16 @@ def test_every_test_of_the_kit_has_found_something(wrong):
     tests = {name for name in dir(Conformance) if name.startswith("test_")}
     named = {test.partition("[")[0] for outcome in wrong.values() for test in outcome["caught_by"]}
     assert tests - named == set().union(*UNPROVEN.values())
+
+
+def test_a_subclass_on_another_device_has_the_tests_of_that_device():
+    class OnGPU(Llama):
+        device = "cuda"
+
+    class BackOnCPU(OnGPU):
+        device = "cpu"
+
+    for cls, offloaded, replicas in ((Llama, False, True), (OnGPU, True, False), (BackOnCPU, False, True)):
+        assert (cls.test_offloaded_cache is not None) is offloaded
+        assert (cls.test_replicas_give_the_gradients_of_one_process is not None) is replicas
+        assert cls.test_padded_targets_equal_targets_alone is None

@@ -7,8 +7,7 @@ import re
 import pytest
 import tiny
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import prefixkit
 from prefixkit import ConfigError, KeyValue, Layout, PluginError, Site

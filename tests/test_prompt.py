@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import tiny
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from transformers import DynamicCache
 
 import prefixkit

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 import prefixkit
+from prefixkit.testing.subject import enable_checkpointing
 
 TOKENS = 5
 
@@ -27,7 +28,7 @@ CHECKPOINTING = {
 @pytest.mark.parametrize("engine", ["attention", "cache"])
 def test_checkpointing(engine):
     model = with_prefix("gpt2", engine).train()
-    tiny.enable_checkpointing(model, reentrant=True)
+    enable_checkpointing(model, reentrant=True)
     with pytest.raises(prefixkit.EngineError) as error:
         model(**tiny.inputs(model))
     assert str(error.value) == CHECKPOINTING[engine]

@@ -152,9 +152,3 @@ def left_pad(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         ids[index, longest - len(row) :] = row
         mask[index, longest - len(row) :] = 1
     return ids, mask
-
-
-def enable_checkpointing(model: PreTrainedModel, *, reentrant: bool = False) -> None:
-    """Switch gradient checkpointing on, under the name that this version of transformers has for it."""
-    new = getattr(model, "activation_checkpointing_enable", None)
-    (new or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})

@@ -50,6 +50,7 @@ class Conformance(Sites, Numbers, Attention, Training, Generation, WithTrainer, 
     device: ClassVar[str] = "cpu"
     deviations: ClassVar[tuple[Deviation, ...]] = ()
     traits: ClassVar[Traits]
+    _left_out: ClassVar[dict[str, Any]] = {}
 
     def make_model(self) -> PreTrainedModel:
         """A tiny model: two or three layers, a vocabulary of 30 or more, 90 or more positions, no dropout.
@@ -70,8 +71,13 @@ class Conformance(Sites, Numbers, Attention, Training, Generation, WithTrainer, 
         for deviation in cls.deviations:
             if deviation.test not in tests:
                 raise TypeError(f"{cls.__name__}.deviations names {deviation.test!r}, and there is no such test")
+        for name, test in _left_out_above(cls).items():
+            setattr(cls, name, test)
+        cls._left_out = {}
         for name in tests:
-            if not concerns(getattr(cls, name), cls.traits):
+            test = getattr(cls, name)
+            if not concerns(test, cls.traits):
+                cls._left_out[name] = test
                 setattr(cls, name, None)
 
     @classmethod
@@ -117,6 +123,11 @@ class Conformance(Sites, Numbers, Attention, Training, Generation, WithTrainer, 
         for deviation in self.deviations:
             if deviation.covers(test, parameters):
                 request.applymarker(pytest.mark.xfail(strict=True, reason=deviation.reason))
+
+
+def _left_out_above(cls: type[Conformance]) -> dict[str, Any]:
+    """The tests that did not concern the nearest base class; on another device they may."""
+    return next(vars(base)["_left_out"] for base in cls.__mro__[1:] if "_left_out" in vars(base))
 
 
 def _check_model(name: str, model: object) -> None:

@@ -10,6 +10,10 @@ from typing import Any
 class Deviation:
     """Tests that have to fail for a reason that is known; one that passes fails the run.
 
+    Example::
+
+        deviations = (Deviation("torch has no backward of it here", "test_autocast", {"engine": "cache"}),)
+
     Attributes:
         reason: Why they cannot pass, and whose doing that is.
         test: Name of the test.

@@ -11,7 +11,7 @@ import torch
 import prefixkit
 from prefixkit.errors import EngineError
 from prefixkit.testing.prompt import text_as_prompt
-from prefixkit.testing.subject import TOKENS, Subject, loss_of, strengthen
+from prefixkit.testing.subject import TOKENS, Subject, loss_of
 from prefixkit.testing.traits import needs
 from prefixkit.transformers_internals import attention_implementation_of
 
@@ -142,12 +142,9 @@ class Numbers:
 
     def test_one_layer_alone(self, subject: Subject) -> None:
         """With layers= the prefix stands in those layers alone, and trains there."""
-        whole = subject.with_prefix()
-        sites = prefixkit.sites(whole)
+        sites = prefixkit.sites(subject.with_prefix())
         last = max(site.layer for site in sites if site.stack == sites[-1].stack)
-        model = subject.bare()
-        subject.apply(model, layers=(last,), strong=False)
-        strengthen(model)
+        model = subject.with_prefix(layers=(last,))
         assert {site.layer for site in prefixkit.sites(model)} == {last}
         subject.loss(model, **subject.inputs()).backward()
         assert all(gradient.abs().max() > 0 for gradient in subject.gradients(model))

@@ -15,7 +15,7 @@ import torch
 
 import prefixkit
 from prefixkit.adapter import PositionTable, Site, join_path
-from prefixkit.testing.recording import AttentionCall, recorded_calls, uncompiled
+from prefixkit.testing.recording import recorded_calls, uncompiled
 from prefixkit.testing.subject import TOKENS, Subject
 
 
@@ -120,7 +120,7 @@ class PromptOracle:
             plain = self._run(call, {**arguments, mask: mine})
         if self.policies.shift:
             return plain
-        bias = self._own_bias(calls, causal=causal)
+        bias = calls[0].options.get("position_bias")  # the stack's first call is to its self-attention
         if bias is not None:
             mine = mine.expand(-1, bias.shape[1], -1, -1).clone()
             mine[:, :, TOKENS:, :TOKENS] -= bias[:, :, TOKENS:, :TOKENS]
@@ -144,13 +144,6 @@ class PromptOracle:
         with torch.no_grad():
             output: torch.Tensor = call(**arguments)[0]
         return output
-
-    @staticmethod
-    def _own_bias(calls: list[AttentionCall], *, causal: bool) -> torch.Tensor | None:
-        """The relative-position bias of the stack's self-attention, from its first call."""
-        bias: torch.Tensor | None = calls[0].options.get("position_bias")
-        assert not causal or calls[0].query.shape[2] == calls[0].key.shape[2]
-        return bias
 
     def _position_table(self, stack: str) -> tuple[Any, int]:
         """A learned position table and its first row, for which there is no oracle but the adapter's word."""

@@ -25,7 +25,12 @@ NEW = 6
 
 
 class Subject:
-    """The adapter and the tiny model that a conformance class names.
+    """The adapter and the tiny model that a conformance class names; tests get one as ``subject``.
+
+    Example::
+
+        model = subject.with_prefix(engine="cache", positions="none")
+        outputs = subject.logits(model, **subject.inputs(batch=2))  # (2, tokens, width)
 
     Args:
         adapter: The adapter under test.

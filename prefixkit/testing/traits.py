@@ -142,7 +142,13 @@ def _runs(subject: Subject, name: str) -> bool:
 
 
 def needs(*names: str) -> Callable[[Test], Test]:
-    """Mark a test as one for models with these :class:`Traits` only; others do not get it at all."""
+    """Mark a test as one for models with these :class:`Traits` only; others do not get it at all.
+
+    Example::
+
+        @needs("generates")
+        def test_of_my_own(self, subject): ...
+    """
 
     def mark(test: Test) -> Test:
         test.__dict__["needed_traits"] = names

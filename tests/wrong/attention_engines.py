@@ -8,8 +8,7 @@ import torch
 from torch.nn import functional
 from wrong.right import GPT2, T5, Bart, BartDecoder, Bert, Gemma2, Llama, Mistral
 
-from prefixkit import attention_engine, widening
-from prefixkit import positions as positions_module
+from prefixkit import attention_engine, positions as positions_module, widening
 from prefixkit.attachment import FLAT, Attachment, BeforeStack
 from prefixkit.attention_engine import STATE, AttentionEngine, PrefixState
 from prefixkit.call import StackCall

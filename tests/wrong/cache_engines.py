@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from wrong.right import GPT2, T5, Bart, Llama, Mistral
 
-from prefixkit import cache_engine
-from prefixkit import positions as positions_module
+from prefixkit import cache_engine, positions as positions_module
 from prefixkit.attachment import Attachment
 from prefixkit.cache_engine import CacheEngine
 from prefixkit.errors import EngineError

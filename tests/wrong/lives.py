@@ -6,8 +6,7 @@ import torch
 from torch.nn.modules.module import _IncompatibleKeys
 from wrong.right import GPT2, Bart, Llama
 
-from prefixkit import assembly, attachment, checkpoint_files, lifecycle
-from prefixkit import transformers_internals as internals
+from prefixkit import assembly, attachment, checkpoint_files, lifecycle, transformers_internals as internals
 from prefixkit.attention_engine import AttentionEngine
 from prefixkit.instance_calls import LoadStateDict
 from prefixkit.prefix_encoder import PrefixEncoder, flat_encoder
