@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     )
     from prefixkit.native_cache import to_cache as to_cache
     from prefixkit.prefix_config import PrefixConfig as PrefixConfig
+    from prefixkit.prefix_state import in_front as in_front
 
 _HOME = {
     "apply": "lifecycle",
@@ -81,6 +82,7 @@ _HOME = {
     "RelativeBias": "adapter",
     "find_stack": "adapter",
     "join_path": "adapter",
+    "in_front": "prefix_state",
     "Method": "method",
     "PrefixShape": "method",
     "PrefixConfig": "prefix_config",

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from prefixkit.errors import PluginError
 
@@ -100,10 +100,14 @@ class RelativeBias:
     Attributes:
         prefix_bias: Given the stack's module, the queries' distances from the prefix's first
             column ``(batch or 1, queries)`` and ``num_virtual_tokens``, returns the bias of the
-            prefix's columns ``(batch or 1, heads, queries, num_virtual_tokens)``.
+            prefix's columns ``(batch or 1, heads, queries, num_virtual_tokens)``. The attention engine
+            asks for it; ``None`` where only the cache engine serves the stack.
+        counts_padding: Whether the model takes padding for distance, so that the cache engine cannot
+            serve rows that are padded on the left.
     """
 
-    prefix_bias: Callable[[nn.Module, torch.Tensor, int], torch.Tensor]
+    prefix_bias: Callable[[nn.Module, torch.Tensor, int], torch.Tensor] | None = None
+    counts_padding: bool = True
 
 
 Positions = PositionIds | PositionTable | RelativeBias
@@ -117,14 +121,24 @@ class Stack:
         name: ``"encoder"`` or ``"decoder"``.
         path: The module whose ``forward`` receives ``attention_mask`` (and ``past_key_values``),
             relative to the model; ``""`` is the model itself.
-        positions: How the stack counts positions.
+        positions: How the stack counts positions; ``None`` if it counts none, or none that could be
+            moved. It has ``positions="none"`` then, whatever is asked for.
         sites: Its attention calls. A decoder's cross-attention belongs to it.
+        hands_down: Whether the stack hands keyword arguments that it does not know down to its
+            attention. Where it does not, the prefix travels beside the call. A ``forward`` without
+            ``**kwargs`` hands nothing down, and need not be said to.
+        site_forward: For attention that does not go through transformers' attention interface: stands
+            in for the ``forward`` of every site's module, called as ``site_forward(module, ...)`` with
+            its arguments. It computes the same, with :func:`prefixkit.in_front` between the
+            projections and the scores.
     """
 
     name: str
     path: str
-    positions: Positions
+    positions: Positions | None
     sites: tuple[Site, ...]
+    hands_down: bool = True
+    site_forward: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         if self.name not in STACKS[:2]:

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from prefixkit import transformers_internals as internals
 from prefixkit.adapter import Adapter, PositionIds, Site, Stack
 from prefixkit.attachment import Attachment, carries_prefix, find
-from prefixkit.attention_engine import AttentionEngine
+from prefixkit.attention_engine import AttentionEngine, UnreachableAttentionError
 from prefixkit.cache_engine import CacheEngine
 from prefixkit.discovery import GUIDE, installed
-from prefixkit.errors import AttachmentError, ConfigError, MethodError, PluginError, UnsupportedModelError
+from prefixkit.errors import AttachmentError, ConfigError, EngineError, MethodError, PluginError, UnsupportedModelError
 from prefixkit.layout import Layout
 from prefixkit.method import PrefixShape
 from prefixkit.prefix_config import PrefixConfig
@@ -66,15 +66,35 @@ def build(model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None)
         width=layout.width,
         hidden_size=model.config.get_text_config().hidden_size,
     )
+    moves = any(stack.sites and stack.positions is not None for stack in stacks)
     attachment = Attachment(
-        config=replace(config, sites=layout.sites),
+        config=replace(config, sites=layout.sites, positions=config.positions if moves else "none"),
         stacks=stacks,
         layout=layout,
         encoder=_encoder(config, shape).to(internals.real_device(model)),
         engine=CacheEngine() if config.engine == "cache" else AttentionEngine(),
     )
-    attachment.engine.check(model, attachment)
+    if config.engine == "auto":
+        _choose_engine(model, attachment)
+    else:
+        attachment.engine.check(model, attachment)
     return attachment
+
+
+def _choose_engine(model: PreTrainedModel, attachment: Attachment) -> None:
+    """The attention engine, unless only the cache engine can serve the model.
+
+    Raises:
+        EngineError: If neither can, with both reasons.
+    """
+    try:
+        attachment.engine.check(model, attachment)
+    except UnreachableAttentionError as no_attention:
+        attachment.engine = CacheEngine()
+        try:
+            attachment.engine.check(model, attachment)
+        except EngineError as no_cache:
+            raise EngineError(f"{no_attention}; and {no_cache}") from no_cache
 
 
 def _encoder(config: PrefixConfig, shape: PrefixShape) -> nn.Module:
@@ -113,7 +133,7 @@ def stacks_of(model: PreTrainedModel, adapter: Adapter) -> list[Stack]:
 def _check_positions(model: PreTrainedModel, stack: Stack) -> None:
     """Ids that a caller may pass are never dropped without a word."""
     takes_ids = "position_ids" in signature(model.get_submodule(stack.path).forward).parameters
-    if takes_ids and not isinstance(stack.positions, PositionIds):
+    if takes_ids and not isinstance(stack.positions, PositionIds | None):
         raise PluginError(
             f"the {stack.name} stack {stack.path!r} of {type(model).__name__} takes position_ids, and the adapter "
             f"states {type(stack.positions).__name__}; state PositionIds"

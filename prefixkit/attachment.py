@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from prefixkit import transformers_internals as internals
 from prefixkit.adapter import PositionTable, Stack, join_path
-from prefixkit.attention_engine import AttentionEngine, make_attention
+from prefixkit.attention_engine import AttentionEngine, hands_down, make_attention
 from prefixkit.cache_engine import CacheEngine
 from prefixkit.errors import AttachmentError, CheckpointError, EngineError, UnsupportedModelError
 from prefixkit.head import head_parameters
@@ -112,8 +112,12 @@ class Attachment:
 
     def offset(self, stack: Stack) -> int:
         """How far the prefix moves the positions of ``stack``: P, or 0."""
-        carries = any(site.stack == stack.name for site in stack.sites)
+        carries = stack.positions is not None and any(site.stack == stack.name for site in stack.sites)
         return self.config.num_virtual_tokens if carries and self.config.positions == "shift" else 0
+
+    def state_key(self, stack: Stack) -> str:
+        """The name of the stack's state beside the call."""
+        return f"{self.identity}:{stack.path}"
 
     def prepared(self, flat: torch.Tensor, *, dtype: torch.dtype, training: bool) -> dict[str, KeyValue]:
         """K and V by site path in ``dtype``, with the prefix's dropout if ``training``."""
@@ -201,11 +205,10 @@ class BeforeStack:
         flat = arguments.pop(FLAT, None)
         forget_positions()
         engine = self.attachment.engine
-        if not self.attachment.enabled:
-            return (), engine.off(arguments)
-        if not self.stack.sites:
+        if self.attachment.enabled and not self.stack.sites:
             count_positions(module, self.stack, arguments)
-            return (), engine.off(arguments)
+        if not self.attachment.enabled or not self.stack.sites:
+            return (), engine.off(module, self.stack, arguments, self.attachment)
         if flat is None:
             flat = self.attachment.flat()
         return (), engine.before(module, self.stack, arguments, self.attachment, flat)
@@ -220,6 +223,19 @@ class AfterStack:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The output, as the caller would see it without a prefix."""
         return self.attachment.engine.after(module, kwargs, output) if self.attachment.enabled else output
+
+
+class LeaveStack:
+    """Forward hook of a stack, also where its forward fails: nothing of the call stays behind."""
+
+    def __init__(self, attachment: Attachment, stack: Stack) -> None:
+        self.attachment = attachment
+        self.stack = stack
+
+    def __call__(self, *_: Any) -> None:
+        """Take the state away that travelled beside the call."""
+        if isinstance(self.attachment.engine, AttentionEngine):
+            self.attachment.engine.leave(self.stack, self.attachment)
 
 
 def find(model: nn.Module) -> Attachment | None:
@@ -300,6 +316,8 @@ def _add_hooks(model: PreTrainedModel, attachment: Attachment) -> None:
         # Last of the pre-hooks: what others add to the arguments is there already.
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(AfterStack(attachment), with_kwargs=True, prepend=True))
+        if not hands_down(module, stack):
+            handles.append(module.register_forward_hook(LeaveStack(attachment, stack), always_call=True))
         for site in stack.sites[:1]:
             inside = model.get_submodule(site.path)
             handles.append(inside.register_forward_pre_hook(internals.refuse_tensor_parallel))

@@ -3,84 +3,44 @@
 A function of our own stands in front of the model's attention implementation. It receives query,
 key and value after rotation and after the cache update, puts the prefix's K and V in front,
 widens the mask, and calls the implementation it wraps. Cache, 2-D mask and ``generate`` see
-nothing of the prefix.
-
-What belongs to one call (:class:`PrefixState`) travels with it, as a keyword argument that the
-stack hands down to its attention. So it survives gradient checkpointing, threads, and two forwards
-before one backward; it is never looked up in a place that the next forward writes.
+nothing of the prefix. Where a model's attention is in no registry, its adapter brings a
+``site_forward`` that does the same.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from prefixkit import transformers_internals as internals
-from prefixkit.adapter import RelativeBias, Site, Stack
+from prefixkit.adapter import RelativeBias, Stack
 from prefixkit.call import StackCall
 from prefixkit.errors import EngineError
-from prefixkit.layout import KeyValue
 from prefixkit.positions import place_positions
-from prefixkit.widening import put_in_front, widen_bias, widen_block_mask, widen_mask
+from prefixkit.prefix_state import (
+    MARK,
+    OFF,
+    STATE,
+    KeepingCheckpoint,
+    PrefixState,
+    SiteMark,
+    find_state,
+    put_before,
+    put_beside,
+    take_away,
+)
+from prefixkit.widening import widen_bias
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from prefixkit.attachment import Attachment
 
-STATE = "prefix_state"
-"""The keyword argument under which the state travels."""
-SITE = "_prefixkit_site"
-"""The attribute that marks an attention module as a site."""
 
-
-@dataclass
-class PrefixState:
-    """The prefix during one call of one stack.
-
-    Attributes:
-        pieces: K and V of the stack's sites, by module path.
-        num_virtual_tokens: Length P of the prefix.
-        query_positions: Positions of the queries with the prefix counted, ``(batch or 1, queries)``.
-        slide: Whether the prefix slides out of a site's window like ordinary context.
-        dropout: Share of the prefix's numbers dropped in training.
-        bias: Relative-position bias of the prefix's columns, ``(batch or 1, heads, queries, P)``;
-            ``None`` stands for zeros.
-    """
-
-    pieces: dict[str, KeyValue]
-    num_virtual_tokens: int
-    query_positions: torch.Tensor | None
-    slide: bool
-    dropout: float
-    bias: torch.Tensor | None = None
-    _causal: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-    _block_masks: list[tuple[Any, int | None, Any]] = field(default_factory=list)
-
-    def causal_mask(self, queries: int, keys: int, device: torch.device) -> torch.Tensor:
-        """``(1, 1, queries, keys)``, true where key ``k`` is at most ``q``; made once per call."""
-        if (queries, keys) not in self._causal:
-            full = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device)
-            self._causal[queries, keys] = full.tril()
-        return self._causal[queries, keys].to(device)
-
-    def widened(self, mask: Any, seen: torch.Tensor | None, window: int | None, batch: int) -> Any:
-        """``mask`` with the prefix's columns in front; a block mask is widened once per call and window."""
-        if isinstance(mask, torch.Tensor):
-            return widen_mask(mask, seen, self.num_virtual_tokens)
-        for real, of_window, wider in self._block_masks:
-            if real is mask and of_window == window:
-                return wider
-        wider = widen_block_mask(mask, seen, self.num_virtual_tokens, batch)
-        self._block_masks.append((mask, window, wider))
-        return wider
-
-
-OFF = PrefixState(pieces={}, num_virtual_tokens=0, query_positions=None, slide=False, dropout=0.0)
-"""Travels while the prefix is disabled, so that a lost state is never taken for a disabled one."""
+class UnreachableAttentionError(EngineError):
+    """A model's attention cannot be reached from outside; the cache engine may serve it."""
 
 
 class AttentionEngine:
@@ -93,13 +53,14 @@ class AttentionEngine:
     name = "attention"
 
     def check(self, model: nn.Module, attachment: Attachment) -> None:
-        """Raise if the attention implementation cannot be wrapped, or a stack cannot carry the state."""
+        """Raise if a site's attention, or its implementation, cannot be wrapped."""
         for stack in attachment.stacks:
-            if not internals.takes_any_keyword(model.get_submodule(stack.path)):
-                raise EngineError(
-                    f"the stack {stack.path!r} takes no further keyword arguments, so the attention engine cannot "
-                    "reach its attention; pass engine='cache'"
+            if isinstance(stack.positions, RelativeBias) and stack.positions.prefix_bias is None:
+                raise UnreachableAttentionError(
+                    f"the adapter says no prefix_bias for {stack.path!r}, which the attention engine needs"
                 )
+            for site in stack.sites if stack.site_forward is None else ():
+                _check_reachable(site.path, model.get_submodule(site.path))
         for config in self._configs(model, attachment):
             internals.check_wrappable(config)
 
@@ -107,24 +68,34 @@ class AttentionEngine:
         """Wrap the attention implementation of the stacks and mark the sites."""
         for config in self._configs(model, attachment):
             internals.wrap_implementation(config, make_attention)
-        for site in attachment.layout.sites:
-            model.get_submodule(site.path).__dict__[SITE] = site
+        for stack in attachment.stacks:
+            for site in stack.sites:
+                module = model.get_submodule(site.path)
+                module.__dict__[MARK] = SiteMark(site, attachment.state_key(stack))
+                if stack.site_forward is not None:
+                    internals.stand_in(module, stack.site_forward)
 
     def detach(self, model: nn.Module, attachment: Attachment) -> None:
         """Undo :meth:`attach`."""
         for site in attachment.layout.sites:
-            model.get_submodule(site.path).__dict__.pop(SITE, None)
+            module = model.get_submodule(site.path)
+            module.__dict__.pop(MARK, None)
+            internals.stand_aside(module)
+        for stack in attachment.stacks:
+            internals.give_back_checkpointing(model.get_submodule(stack.path), KeepingCheckpoint)
         for config in self._configs(model, attachment):
             internals.unwrap_implementation(config)
 
     @staticmethod
     def _configs(model: nn.Module, attachment: Attachment) -> list[PreTrainedConfig]:
-        paths = [stack.path for stack in attachment.stacks] + [site.path for site in attachment.layout.sites]
-        configs: dict[int, PreTrainedConfig] = {}
-        for path in paths:
-            config = internals.config_of(model.get_submodule(path))
-            configs[id(config)] = config
-        return list(configs.values())
+        paths = [
+            path
+            for stack in attachment.stacks
+            if stack.site_forward is None
+            for path in (stack.path, *(site.path for site in stack.sites))
+        ]
+        configs = (internals.config_of(model.get_submodule(path)) for path in paths)
+        return list({id(config): config for config in configs}.values())
 
     def before(
         self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Attachment, flat: torch.Tensor
@@ -136,32 +107,53 @@ class AttentionEngine:
                 "second layer is recomputed); enable checkpointing with its keyword arguments set to "
                 "{'use_reentrant': False}"
             )
-        # Again at every call: set_attn_implementation() may have been called since.
-        internals.wrap_implementation(internals.config_of(module), make_attention)
+        if stack.site_forward is None:
+            # Again at every call: set_attn_implementation() may have been called since.
+            internals.wrap_implementation(internals.config_of(module), make_attention)
         cache = arguments.get("past_key_values") if stack.name == "decoder" else None
         if internals.held_prefix(cache) is not None:
             raise EngineError(
                 "the cache passed in already holds a prefix, from to_cache() or the cache engine; it is "
                 "for the bare model: call it under prefixkit.disabled(model), or after prefixkit.remove(model)"
             )
-        call = StackCall.read(arguments, cache.get_seq_length() if cache is not None else 0)
-        real = place_positions(module, stack, arguments, call, attachment.offset(stack))
-        return {**arguments, STATE: self._state(module, stack, attachment, flat, real)}
+        real = None
+        if stack.positions is not None or _slides(stack, attachment):
+            call = StackCall.read(arguments, cache.get_seq_length() if cache is not None else 0)
+            real = place_positions(module, stack, arguments, call, attachment.offset(stack))
+        state = self._state(module, stack, attachment, flat, real)
+        return self._send(module, stack, arguments, attachment, state)
 
-    def off(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    def off(self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Attachment) -> dict[str, Any]:
         """The stack's arguments while the prefix is disabled."""
-        return {**arguments, STATE: OFF}
+        return self._send(module, stack, arguments, attachment, OFF)
 
     def after(self, module: nn.Module, arguments: dict[str, Any], output: Any) -> Any:
         """The stack's output, unchanged."""
         return output
 
     @staticmethod
+    def leave(stack: Stack, attachment: Attachment) -> None:
+        """The stack has run, or failed: nothing stays beside the call."""
+        take_away(attachment.state_key(stack))
+
+    @staticmethod
+    def _send(
+        module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Attachment, state: PrefixState
+    ) -> dict[str, Any]:
+        """Put ``state`` on its way to the attention."""
+        if hands_down(module, stack):
+            return {**arguments, STATE: state}
+        put_beside(attachment.state_key(stack), state)
+        if module.training:
+            internals.replace_checkpointing(module, KeepingCheckpoint)
+        return arguments
+
+    @staticmethod
     def _state(
-        module: nn.Module, stack: Stack, attachment: Attachment, flat: torch.Tensor, real: torch.Tensor
+        module: nn.Module, stack: Stack, attachment: Attachment, flat: torch.Tensor, real: torch.Tensor | None
     ) -> PrefixState:
         config = attachment.config
-        moved = real + config.num_virtual_tokens
+        moved = None if real is None else real + config.num_virtual_tokens
         here = {site.path for site in stack.sites}
         pieces = zip(attachment.layout.sites, attachment.layout.split(flat), strict=True)
         state = PrefixState(
@@ -171,10 +163,28 @@ class AttentionEngine:
             slide=config.window == "slide",
             dropout=config.prefix_dropout,
         )
-        if isinstance(stack.positions, RelativeBias) and attachment.offset(stack):
+        prefix_bias = stack.positions.prefix_bias if isinstance(stack.positions, RelativeBias) else None
+        if prefix_bias is not None and moved is not None and attachment.offset(stack):
             with internals.whole_weights():
-                state.bias = stack.positions.prefix_bias(module, moved, config.num_virtual_tokens)
+                state.bias = prefix_bias(module, moved, config.num_virtual_tokens)
         return state
+
+
+def _check_reachable(path: str, module: nn.Module) -> None:
+    if not internals.is_on_interface(module):
+        raise UnreachableAttentionError(
+            f"the attention of {path!r}, {type(module).__name__}, does not go through transformers' attention "
+            f"interface (in transformers {internals.VERSION}), so the attention engine cannot reach it"
+        )
+
+
+def hands_down(module: nn.Module, stack: Stack) -> bool:
+    """Whether the prefix can travel to the stack's attention as a keyword argument."""
+    return stack.hands_down and stack.site_forward is None and internals.takes_any_keyword(module)
+
+
+def _slides(stack: Stack, attachment: Attachment) -> bool:
+    return attachment.config.window == "slide" and any(site.window for site in stack.sites)
 
 
 def make_attention(name: str) -> internals.AttentionFunction:
@@ -189,17 +199,11 @@ def make_attention(name: str) -> internals.AttentionFunction:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, Any]:
         original = internals.original_attention(name, module)
-        state: PrefixState | None = kwargs.pop(STATE, None)
-        site: Site | None = module.__dict__.get(SITE)
-        if site is None or state is OFF:
+        found = find_state(module, kwargs)
+        if found is None:
             return original(module, query, key, value, attention_mask, **kwargs)
-        if state is None:
-            raise EngineError(
-                f"the prefix did not reach {site.path!r}: its stack was not called as a module, or does "
-                "not hand keyword arguments down to its attention"
-            )
-        _check_heads(site, key, value)
-        seen = _seen_prefix(site, state)
+        site, state = found
+        seen = state.seen(site)
         if attention_mask is None and _sdpa_would_be_causal(name, module, query.shape[2], kwargs):
             attention_mask = state.causal_mask(query.shape[2], key.shape[2], query.device)
         if attention_mask is None and seen is not None:
@@ -209,23 +213,10 @@ def make_attention(name: str) -> internals.AttentionFunction:
         if kwargs.get("position_bias") is not None:
             front = None if site.stack == "cross" else state.bias
             kwargs["position_bias"] = widen_bias(kwargs["position_bias"], front, state.num_virtual_tokens, len(query))
-        dropout = state.dropout if module.training else 0.0
-        piece = state.pieces[site.path]
-        key, value = put_in_front(piece.key, key, dropout), put_in_front(piece.value, value, dropout)
+        key, value = put_before(module, site, state, key, value)
         return original(module, query, key, value, attention_mask, **kwargs)
 
     return prefix_attention
-
-
-def _check_heads(site: Site, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Refuse keys and values that are not what the adapter said; broadcasting would hide some."""
-    given = (key.shape[1], key.shape[3], value.shape[3])
-    if given != (site.kv_heads, site.key_dim, site.value_dim):
-        raise EngineError(
-            f"{site.path!r} has {given[0]} heads of keys ({given[1]}) and values ({given[2]}) here, and the prefix "
-            f"{site.kv_heads} of ({site.key_dim}) and ({site.value_dim}); the adapter is wrong, or the model's heads "
-            "are spread over devices (tensor parallel), which is not supported"
-        )
 
 
 def _sdpa_would_be_causal(name: str, module: nn.Module, queries: int, kwargs: dict[str, Any]) -> bool:
@@ -237,11 +228,3 @@ def _sdpa_would_be_causal(name: str, module: nn.Module, queries: int, kwargs: di
     asked = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if asked is None else asked
     return name == "sdpa" and queries > 1 and bool(causal)
-
-
-def _seen_prefix(site: Site, state: PrefixState) -> torch.Tensor | None:
-    """Which queries see which virtual tokens, ``(batch or 1, 1, queries, P)``; ``None``: all do."""
-    if not state.slide or site.window is None or state.query_positions is None:
-        return None
-    columns = torch.arange(state.num_virtual_tokens, device=state.query_positions.device)
-    return (state.query_positions[:, None, :, None] - columns) < site.window

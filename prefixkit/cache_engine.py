@@ -82,7 +82,7 @@ class CacheEngine:
             arguments["encoder_attention_mask"] = _wider_encoder_mask(arguments, tokens)
         return {**arguments, "past_key_values": cache}
 
-    def off(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    def off(self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Attachment) -> dict[str, Any]:
         """The stack's arguments while the prefix is disabled, unchanged."""
         return arguments
 
@@ -198,7 +198,8 @@ def _check_padding(stack: Stack, call: StackCall, attachment: Attachment) -> Non
         return
     if any(site.window for site in attachment.layout.sites):
         raise EngineError(f"the cache engine cannot pad rows under a sliding window; {USE_ATTENTION}")
-    if isinstance(stack.positions, RelativeBias) and (call.mask[:, 0] == 0).any():
+    counted = isinstance(stack.positions, RelativeBias) and stack.positions.counts_padding
+    if counted and (call.mask[:, 0] == 0).any():
         raise EngineError(
             f"the cache engine cannot pad a decoder's rows on the left under relative positions; {USE_ATTENTION}"
         )

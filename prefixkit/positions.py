@@ -51,6 +51,8 @@ def place_positions(
 
 def count_positions(module: nn.Module, stack: Stack, arguments: dict[str, Any]) -> None:
     """Positions of a stack without a prefix: not moved, but counted from the mask like the others'."""
+    if stack.positions is None:
+        return
     cache = arguments.get("past_key_values") if stack.name == "decoder" else None
     call = StackCall.read(arguments, cache.get_seq_length() if cache is not None else 0)
     place_positions(module, stack, arguments, call, offset=0)

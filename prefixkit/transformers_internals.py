@@ -15,6 +15,7 @@ from inspect import Parameter, signature
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
@@ -33,6 +34,7 @@ else:
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, Any]]
 
+VERSION: str = transformers.__version__
 MARK = "prefixkit_"
 HELD = "prefixkit_identity"
 """The attribute of a cache that says which prefix is in it."""
@@ -111,6 +113,63 @@ def original_attention(name: str, module: nn.Module) -> AttentionFunction:
     raise EngineError(f"{type(module).__name__} has no eager attention function that could be wrapped")
 
 
+def is_on_interface(module: nn.Module) -> bool:
+    """Whether the attention of ``module`` is written for transformers' attention interface."""
+    return any(hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS") for cls in type(module).__mro__)
+
+
+class SiteForward:
+    """Stands in for the ``forward`` of one module.
+
+    Args:
+        module: The module.
+        function: What is called in its place, as ``function(module, ...)``.
+    """
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        self.module = module
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``module.forward``."""
+        return self.function(self.module, *args, **kwargs)
+
+
+_FORWARDS = ("_old_forward", "forward")
+"""Where a module's own ``forward`` may stand; accelerate's hooks move it to the former."""
+
+
+def stand_in(module: nn.Module, function: Callable[..., Any]) -> None:
+    """Have ``function`` answer for the ``forward`` of ``module``, inside accelerate's hooks if it has any."""
+    name = next((name for name in _FORWARDS if name in module.__dict__), "forward")
+    module.__dict__[name] = SiteForward(module, function)
+
+
+def stand_aside(module: nn.Module) -> None:
+    """Undo :func:`stand_in`."""
+    for name in _FORWARDS:
+        if isinstance(module.__dict__.get(name), SiteForward):
+            del module.__dict__[name]
+            if name == "_old_forward":
+                module.__dict__[name] = type(module).forward.__get__(module)
+
+
+def replace_checkpointing(stack: nn.Module, make: Callable[[Any], Any]) -> None:
+    """Put ``make(function)`` in the place of every checkpoint function below ``stack``. Safe to repeat."""
+    for module in stack.modules():
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if function is not None and not isinstance(function, make):  # type: ignore[arg-type]
+            module.__dict__["_gradient_checkpointing_func"] = make(function)
+
+
+def give_back_checkpointing(stack: nn.Module, kind: type[Any]) -> None:
+    """Undo :func:`replace_checkpointing`."""
+    for module in stack.modules():
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if isinstance(function, kind):
+            module.__dict__["_gradient_checkpointing_func"] = function.function
+
+
 def new_block_mask(
     mask_mod: Callable[..., torch.Tensor], batch: int, queries: int, keys: int, device: torch.device
 ) -> Any:
@@ -134,13 +193,14 @@ def takes_any_keyword(module: nn.Module) -> bool:
 
 def uses_reentrant_checkpointing(stack: nn.Module) -> bool:
     """Whether the stack's layers are checkpointed the reentrant way."""
-    function = getattr(stack, "_gradient_checkpointing_func", None)
-    return bool(getattr(function, "keywords", {}).get("use_reentrant", False))
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in stack.modules())
+    functions = (getattr(function, "function", function) for function in functions)  # ours stands in front
+    return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in functions)
 
 
 def is_checkpointing(stack: nn.Module) -> bool:
     """Whether the next forward of ``stack`` drops activations to compute them again."""
-    return bool(getattr(stack, "gradient_checkpointing", False)) and stack.training
+    return stack.training and any(getattr(module, "gradient_checkpointing", False) for module in stack.modules())
 
 
 def new_cache(model_config: PreTrainedConfig, *, cross: bool = False) -> Cache:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import bert_adapter
 import prefixkit_bart
 import prefixkit_llama
+import prefixkit_t5
+import test_prefixkit_t5
 import tiny
 import transformers
 from packaging.version import Version
@@ -16,6 +20,15 @@ NOT_CROPPED = (
     "transformers before 5.19 cannot crop a sliding cache that was filled before its first use; it ends in torch's "
     "error about sizes"
 )
+
+
+def beside(adapter):
+    """An adapter that says of its stacks that they hand nothing down."""
+
+    def stacks(model):
+        return [replace(stack, hands_down=False) for stack in adapter.stacks(model)]
+
+    return replace(adapter, stacks=stacks)
 
 
 class LlamaLike(Conformance):
@@ -87,3 +100,32 @@ class TestRoBERTa(Conformance):
 
     def make_model(self):
         return tiny.MAKERS["roberta"]()
+
+
+class TestLlamaBeside(LlamaLike):
+    """The prefix travels beside the call, as for stacks that hand no keyword arguments down."""
+
+    adapter = beside(next(prefixkit_llama.prefixkit_adapters()))
+    deviations = tuple(
+        Deviation(
+            "a state beside the call breaks torch.compile's graph, and the test asks for one graph", test, parameters
+        )
+        for test, parameters in (
+            ("test_compiled_forward", {"engine": "attention"}),
+            ("test_compiled_static_cache", {"engine": "attention"}),
+            ("test_compiled_training_step", {}),
+        )
+    )
+
+    def make_model(self):
+        return tiny.MAKERS["llama"]()
+
+
+class TestT5Beside(Conformance):
+    """The same in two stacks, with a bias."""
+
+    adapter = beside(next(prefixkit_t5.prefixkit_adapters()))
+    deviations = (*test_prefixkit_t5.TestT5.deviations, *TestLlamaBeside.deviations)
+
+    def make_model(self):
+        return test_prefixkit_t5.TestT5.make_model(self)

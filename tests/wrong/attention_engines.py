@@ -8,11 +8,12 @@ import torch
 from torch.nn import functional
 from wrong.right import GPT2, T5, Bart, BartDecoder, Bert, Gemma2, Llama, Mistral
 
-from prefixkit import attention_engine, positions as positions_module, widening
+from prefixkit import attention_engine, positions as positions_module, prefix_state, widening
 from prefixkit.attachment import FLAT, Attachment, BeforeStack
-from prefixkit.attention_engine import STATE, AttentionEngine, PrefixState
+from prefixkit.attention_engine import AttentionEngine
 from prefixkit.call import StackCall
 from prefixkit.layout import KeyValue, Layout
+from prefixkit.prefix_state import STATE, PrefixState
 
 PROMPT = "test_prefix_of_a_text_is_that_text_as_a_prompt"
 ENGINES = "test_engines_agree"
@@ -42,7 +43,7 @@ class TestMaskNotWidened(Llama):
     fails_with = (RuntimeError,)
 
     def plant(self, monkeypatch):
-        monkeypatch.setattr(attention_engine, "widen_mask", lambda mask, seen, columns: mask)
+        monkeypatch.setattr(prefix_state, "widen_mask", lambda mask, seen, columns: mask)
 
 
 class TestMaskHidesThePrefix(Llama):
@@ -53,7 +54,7 @@ class TestMaskHidesThePrefix(Llama):
             nobody = torch.zeros(1, 1, mask.shape[-2], columns, dtype=torch.bool)
             return widening.widen_mask(mask, nobody, columns)
 
-        monkeypatch.setattr(attention_engine, "widen_mask", widen_mask)
+        monkeypatch.setattr(prefix_state, "widen_mask", widen_mask)
 
 
 class TestMaskHidesTheFirstToken(GPT2):
@@ -67,7 +68,7 @@ class TestMaskHidesTheFirstToken(GPT2):
             some[..., 0] = False
             return widening.widen_mask(mask, some, columns)
 
-        monkeypatch.setattr(attention_engine, "widen_mask", widen_mask)
+        monkeypatch.setattr(prefix_state, "widen_mask", widen_mask)
 
 
 class TestMaskWidenedAtItsEnd(Llama):
@@ -78,7 +79,7 @@ class TestMaskWidenedAtItsEnd(Llama):
             wide = widening.widen_mask(mask, seen, columns)
             return wide.roll(-columns, dims=-1)
 
-        monkeypatch.setattr(attention_engine, "widen_mask", widen_mask)
+        monkeypatch.setattr(prefix_state, "widen_mask", widen_mask)
 
 
 class TestMaskOfTheFirstRow(Bart):
@@ -90,7 +91,7 @@ class TestMaskOfTheFirstRow(Bart):
         def widen_mask(mask, seen, columns):
             return widening.widen_mask(mask[:1], seen, columns)
 
-        monkeypatch.setattr(attention_engine, "widen_mask", widen_mask)
+        monkeypatch.setattr(prefix_state, "widen_mask", widen_mask)
 
 
 class TestPrefixHiddenInPaddedRows(Bert):
@@ -104,7 +105,7 @@ class TestPrefixHiddenInPaddedRows(Bert):
             shown = mask[..., -1:, :].all(-1, keepdim=True) if whole else torch.ones(1, 1, 1, 1, dtype=torch.bool)
             return widening.widen_mask(mask, shown.expand(-1, 1, mask.shape[-2], columns), columns)
 
-        monkeypatch.setattr(attention_engine, "widen_mask", widen_mask)
+        monkeypatch.setattr(prefix_state, "widen_mask", widen_mask)
 
 
 class TestSdpaMakesItsOwnMask(Llama):
@@ -154,7 +155,7 @@ class TestFlexHidesThePrefix(Llama):
             nobody = torch.zeros(1, 1, mask.seq_lengths[0], columns, dtype=torch.bool)
             return widening.widen_block_mask(mask, nobody, columns, *rest)
 
-        monkeypatch.setattr(attention_engine, "widen_block_mask", widen)
+        monkeypatch.setattr(prefix_state, "widen_block_mask", widen)
 
 
 class TestFlexMaskNotMoved(Llama):
@@ -196,33 +197,33 @@ class TestSlidingIsPinned(Mistral):
     caught_by = (PROMPT, SLIDE, ENGINES)
 
     def plant(self, monkeypatch):
-        monkeypatch.setattr(attention_engine, "_seen_prefix", lambda site, state: None)
+        monkeypatch.setattr(PrefixState, "seen", lambda state, site: None)
 
 
 class TestPinnedSlides(Gemma2):
     caught_by = (PROMPT, SEEN, SLOTS)
 
     def plant(self, monkeypatch):
-        original = attention_engine._seen_prefix
+        original = PrefixState.seen
 
-        def seen_prefix(site, state):
+        def seen(state, site):
             state.slide = True
-            return original(site, state)
+            return original(state, site)
 
-        monkeypatch.setattr(attention_engine, "_seen_prefix", seen_prefix)
+        monkeypatch.setattr(PrefixState, "seen", seen)
 
 
 class TestWindowOneTooWide(Mistral):
     caught_by = (PROMPT, SLIDE, ENGINES)
 
     def plant(self, monkeypatch):
-        def seen_prefix(site, state):
+        def seen(state, site):
             if not state.slide or site.window is None:
                 return None
             columns = torch.arange(state.num_virtual_tokens)
             return (state.query_positions[:, None, :, None] - columns) <= site.window
 
-        monkeypatch.setattr(attention_engine, "_seen_prefix", seen_prefix)
+        monkeypatch.setattr(PrefixState, "seen", seen)
 
 
 class TestWindowOfThePaddedRow(Mistral):
@@ -231,13 +232,13 @@ class TestWindowOfThePaddedRow(Mistral):
     caught_by = (PADDED,)
 
     def plant(self, monkeypatch):
-        def seen_prefix(site, state):
+        def seen(state, site):
             if not state.slide or site.window is None:
                 return None
             queries = torch.arange(state.query_positions.shape[1])[:, None] + state.num_virtual_tokens
             return (queries - torch.arange(state.num_virtual_tokens) < site.window)[None, None]
 
-        monkeypatch.setattr(attention_engine, "_seen_prefix", seen_prefix)
+        monkeypatch.setattr(PrefixState, "seen", seen)
 
 
 class TestWindowOfUnmovedPositions(Gemma2):
@@ -527,7 +528,7 @@ class TestDecoderBeforeEncoder(T5):
 
 def put_as(monkeypatch, change):
     """Have the engine join the prefix with keys and values as ``change(prefix, own, dropout)`` does."""
-    monkeypatch.setattr(attention_engine, "put_in_front", change)
+    monkeypatch.setattr(prefix_state, "put_in_front", change)
 
 
 class TestPrefixPutBehind(Llama):
@@ -717,7 +718,9 @@ class TestEncoderCalledAloneHasNoPrefix(T5):
 
         def call(self, module, args, kwargs):
             alone = self.stack.name == "encoder" and FLAT not in kwargs
-            return ((args, self.attachment.engine.off(kwargs))) if alone else original(self, module, args, kwargs)
+            if alone:
+                return args, self.attachment.engine.off(module, self.stack, kwargs, self.attachment)
+            return original(self, module, args, kwargs)
 
         monkeypatch.setattr(BeforeStack, "__call__", call)
 

@@ -101,10 +101,10 @@ class TestDisabledLeavesPositionsMoved(GPT2):
     caught_by = (DISABLED,)
 
     def plant(self, monkeypatch):
-        def off(self, arguments):
+        def off(self, module, stack, arguments, attachment):
             ids = arguments["input_ids"]
             arguments["position_ids"] = torch.arange(ids.shape[1])[None] + 5
-            return original(self, arguments)
+            return original(self, module, stack, arguments, attachment)
 
         original = AttentionEngine.off
         monkeypatch.setattr(AttentionEngine, "off", off)

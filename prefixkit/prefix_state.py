@@ -1,0 +1,239 @@
+"""The prefix during one call of one stack, and how it gets to the stack's attention.
+
+It travels with the call, as a keyword argument that the stack hands down. So it survives gradient
+checkpointing, threads, and two forwards before one backward; it is never looked up in a place that
+the next forward writes.
+
+A stack that hands nothing down has it beside the call, in a context variable that is set while the
+stack runs. A context variable belongs to one thread. Layers that are computed again in the backward
+pass get the state that they were first computed with, since their checkpoint function keeps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from prefixkit.adapter import Site
+from prefixkit.errors import EngineError
+from prefixkit.layout import KeyValue
+from prefixkit.widening import put_in_front, widen_block_mask, widen_mask
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+STATE = "prefix_state"
+"""The keyword argument under which the state travels."""
+MARK = "_prefixkit_site"
+"""The attribute that marks an attention module as a site."""
+
+
+@dataclass
+class PrefixState:
+    """The prefix during one call of one stack.
+
+    Attributes:
+        pieces: K and V of the stack's sites, by module path.
+        num_virtual_tokens: Length P of the prefix.
+        query_positions: Positions of the queries with the prefix counted, ``(batch or 1, queries)``;
+            ``None`` where nothing asks for them.
+        slide: Whether the prefix slides out of a site's window like ordinary context.
+        dropout: Share of the prefix's numbers dropped in training.
+        bias: Relative-position bias of the prefix's columns, ``(batch or 1, heads, queries, P)``;
+            ``None`` stands for zeros.
+    """
+
+    pieces: dict[str, KeyValue]
+    num_virtual_tokens: int
+    query_positions: torch.Tensor | None
+    slide: bool
+    dropout: float
+    bias: torch.Tensor | None = None
+    _causal: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    _block_masks: list[tuple[Any, int | None, Any]] = field(default_factory=list)
+
+    def causal_mask(self, queries: int, keys: int, device: torch.device) -> torch.Tensor:
+        """``(1, 1, queries, keys)``, true where key ``k`` is at most ``q``; made once per call."""
+        if (queries, keys) not in self._causal:
+            full = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device)
+            self._causal[queries, keys] = full.tril()
+        return self._causal[queries, keys].to(device)
+
+    def widened(self, mask: Any, seen: torch.Tensor | None, window: int | None, batch: int) -> Any:
+        """``mask`` with the prefix's columns in front; a block mask is widened once per call and window."""
+        if isinstance(mask, torch.Tensor):
+            return widen_mask(mask, seen, self.num_virtual_tokens)
+        for real, of_window, wider in self._block_masks:
+            if real is mask and of_window == window:
+                return wider
+        wider = widen_block_mask(mask, seen, self.num_virtual_tokens, batch)
+        self._block_masks.append((mask, window, wider))
+        return wider
+
+    def seen(self, site: Site) -> torch.Tensor | None:
+        """Which queries see which virtual tokens, ``(batch or 1, 1, queries, P)``; ``None``: all do."""
+        if not self.slide or site.window is None or self.query_positions is None:
+            return None
+        columns = torch.arange(self.num_virtual_tokens, device=self.query_positions.device)
+        return (self.query_positions[:, None, :, None] - columns) < site.window
+
+
+OFF = PrefixState(pieces={}, num_virtual_tokens=0, query_positions=None, slide=False, dropout=0.0)
+"""Travels while the prefix is disabled, so that a lost state is never taken for a disabled one."""
+
+_beside: ContextVar[Mapping[str, PrefixState]] = ContextVar("prefixkit_states", default={})  # noqa: B039 - never written to
+"""The states of the stacks that are running in this thread, by their key."""
+
+
+def _never_compiled(function: Function) -> Function:
+    """torch.compile does not know context variables, and would take their value for a constant."""
+    outside: Function = torch.compiler.disable(function)
+    return outside
+
+
+@dataclass(frozen=True)
+class SiteMark:
+    """Stands on an attention module while a prefix is attached.
+
+    Attributes:
+        site: The site that the module is.
+        stack: Key of its stack's state beside the call.
+    """
+
+    site: Site
+    stack: str
+
+
+@_never_compiled
+def put_beside(stack: str, state: PrefixState) -> None:
+    """Have the state beside the call until :func:`take_away`."""
+    _beside.set({**_beside.get(), stack: state})
+
+
+@_never_compiled
+def take_away(stack: str) -> None:
+    """The stack has run, or failed."""
+    _beside.set({name: state for name, state in _beside.get().items() if name != stack})
+
+
+@_never_compiled
+def _look_beside(stack: str) -> PrefixState | None:
+    return _beside.get().get(stack)
+
+
+@contextmanager
+def _beside_again(states: Mapping[str, PrefixState]) -> Iterator[None]:
+    token = _beside.set(states)
+    try:
+        yield
+    finally:
+        _beside.reset(token)
+
+
+class KeepingCheckpoint:
+    """A checkpoint function that computes layers again with the states of the first time.
+
+    Args:
+        function: The checkpoint function that it stands in for.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """As the function it stands in for."""
+        states = _beside.get()
+
+        def with_states(*inputs: Any, **options: Any) -> Any:
+            with _beside_again(states):
+                return layer(*inputs, **options)
+
+        return self.function(with_states, *args, **kwargs)
+
+
+def find_state(module: nn.Module, arguments: dict[str, Any]) -> tuple[Site, PrefixState] | None:
+    """The site that ``module`` is and the state of the call under way, taken out of ``arguments``.
+
+    Returns:
+        ``None`` if it is no site, or while the prefix is disabled.
+
+    Raises:
+        EngineError: If it is a site and no state has reached it.
+    """
+    state: PrefixState | None = arguments.pop(STATE, None)
+    mark: SiteMark | None = module.__dict__.get(MARK)
+    if mark is None or state is OFF:
+        return None
+    if state is None:
+        state = _look_beside(mark.stack)
+    if state is OFF:
+        return None
+    if state is None:
+        raise EngineError(
+            f"the prefix did not reach {mark.site.path!r}: its stack was not called as a module, or does "
+            "not hand keyword arguments down to its attention (an adapter says so with hands_down=False)"
+        )
+    return mark.site, state
+
+
+def in_front(
+    module: nn.Module, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Keys, values and mask of one attention call with the prefix in front, for a ``site_forward``.
+
+    Example::
+
+        key, value, mask = prefixkit.in_front(module, key, value, mask)
+        scores = query @ key.transpose(-1, -2) * scaling + mask
+
+    Without a prefix on ``module``, or while it is disabled, all three come back as they are.
+
+    Args:
+        module: The site's module.
+        key: ``(batch, kv_heads, keys, key_dim)``.
+        value: ``(batch, kv_heads, keys, value_dim)``.
+        mask: ``(batch or 1, heads or 1, queries, keys)``, boolean (true: seen) or additive, or ``None``:
+            every query sees every key.
+
+    Returns:
+        Key, value and mask with P more keys.
+
+    Raises:
+        EngineError: If the prefix has not reached the module, or has other heads than ``key``.
+    """
+    found = find_state(module, {})
+    if found is None:
+        return key, value, mask
+    site, state = found
+    if state.seen(site) is not None:
+        raise EngineError("window='slide' is not served here; use window='pinned'")
+    if mask is not None:
+        mask = state.widened(mask, None, site.window, len(key))
+    key, value = put_before(module, site, state, key, value)
+    return key, value, mask
+
+
+def put_before(
+    module: nn.Module, site: Site, state: PrefixState, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``key`` and ``value`` with the site's prefix in front."""
+    _check_heads(site, key, value)
+    dropout = state.dropout if module.training else 0.0
+    piece = state.pieces[site.path]
+    return put_in_front(piece.key, key, dropout), put_in_front(piece.value, value, dropout)
+
+
+def _check_heads(site: Site, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Refuse keys and values that are not what the adapter said; broadcasting would hide some."""
+    given = (key.shape[1], key.shape[3], value.shape[3])
+    if given != (site.kv_heads, site.key_dim, site.value_dim):
+        raise EngineError(
+            f"{site.path!r} has {given[0]} heads of keys ({given[1]}) and values ({given[2]}) here, and the prefix "
+            f"{site.kv_heads} of ({site.key_dim}) and ({site.value_dim}); the adapter is wrong, or the model's heads "
+            "are spread over devices (tensor parallel), which is not supported"
+        )
