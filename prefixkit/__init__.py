@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         UnknownAdapterError as UnknownAdapterError,
         UnsupportedModelError as UnsupportedModelError,
     )
+    from prefixkit.generic.stacks import generic_adapter as generic_adapter
     from prefixkit.hookspecs import hookimpl as hookimpl
     from prefixkit.layout import (
         KeyValue as KeyValue,
@@ -83,6 +84,7 @@ _HOME = {
     "find_stack": "adapter",
     "join_path": "adapter",
     "in_front": "prefix_state",
+    "generic_adapter": "generic.stacks",
     "Method": "method",
     "PrefixShape": "method",
     "PrefixConfig": "prefix_config",

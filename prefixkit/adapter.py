@@ -40,6 +40,7 @@ class Site:
         key_dim: Size of one key head.
         value_dim: Size of one value head.
         window: How many positions back a query sees, or ``None`` for all of them.
+        turn: Which call of the module within one call of its stack, from 0, where layers share a module.
     """
 
     path: str
@@ -49,6 +50,7 @@ class Site:
     key_dim: int
     value_dim: int
     window: int | None = None
+    turn: int = 0
 
     def __post_init__(self) -> None:
         if self.stack not in STACKS:
@@ -56,6 +58,11 @@ class Site:
         for field in ("kv_heads", "key_dim", "value_dim"):
             if getattr(self, field) < 1:
                 raise PluginError(f"site {self.path!r}: {field} is {getattr(self, field)}; it must be 1 or more")
+
+    @property
+    def place(self) -> str:
+        """Names the site among all of a model: its path, and the turn where the module has several."""
+        return f"{self.path}#{self.turn}" if self.turn else self.path
 
     @property
     def width(self) -> int:
@@ -131,6 +138,8 @@ class Stack:
             in for the ``forward`` of every site's module, called as ``site_forward(module, ...)`` with
             its arguments. It computes the same, with :func:`prefixkit.in_front` between the
             projections and the scores.
+        caches: Whether the stack's native cache keeps exactly what its attention is given, one layer
+            for each site, so that the cache engine can serve it.
     """
 
     name: str
@@ -139,6 +148,7 @@ class Stack:
     sites: tuple[Site, ...]
     hands_down: bool = True
     site_forward: Callable[..., Any] | None = None
+    caches: bool = True
 
     def __post_init__(self) -> None:
         if self.name not in STACKS[:2]:

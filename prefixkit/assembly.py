@@ -16,8 +16,16 @@ from prefixkit.adapter import Adapter, PositionIds, Site, Stack
 from prefixkit.attachment import Attachment, carries_prefix, find
 from prefixkit.attention_engine import AttentionEngine, UnreachableAttentionError
 from prefixkit.cache_engine import CacheEngine
-from prefixkit.discovery import GUIDE, installed
-from prefixkit.errors import AttachmentError, ConfigError, EngineError, MethodError, PluginError, UnsupportedModelError
+from prefixkit.discovery import installed
+from prefixkit.errors import (
+    GUIDE,
+    AttachmentError,
+    ConfigError,
+    EngineError,
+    MethodError,
+    PluginError,
+    UnsupportedModelError,
+)
 from prefixkit.layout import Layout
 from prefixkit.method import PrefixShape
 from prefixkit.prefix_config import PrefixConfig
@@ -64,7 +72,7 @@ def build(model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None)
     shape = PrefixShape(
         num_virtual_tokens=config.num_virtual_tokens,
         width=layout.width,
-        hidden_size=model.config.get_text_config().hidden_size,
+        hidden_size=_hidden_size(model, layout),
     )
     moves = any(stack.sites and stack.positions is not None for stack in stacks)
     attachment = Attachment(
@@ -79,6 +87,12 @@ def build(model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None)
     else:
         attachment.engine.check(model, attachment)
     return attachment
+
+
+def _hidden_size(model: PreTrainedModel, layout: Layout) -> int:
+    """Width of the model's states, or where its config has none, of its first site's keys."""
+    size = getattr(model.config.get_text_config(), "hidden_size", None)
+    return size if isinstance(size, int) else layout.sites[0].kv_heads * layout.sites[0].key_dim
 
 
 def _choose_engine(model: PreTrainedModel, attachment: Attachment) -> None:

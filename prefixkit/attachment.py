@@ -120,10 +120,10 @@ class Attachment:
         return f"{self.identity}:{stack.path}"
 
     def prepared(self, flat: torch.Tensor, *, dtype: torch.dtype, training: bool) -> dict[str, KeyValue]:
-        """K and V by site path in ``dtype``, with the prefix's dropout if ``training``."""
+        """K and V by the site's place in ``dtype``, with the prefix's dropout if ``training``."""
         dropped = functional.dropout(flat, self.config.prefix_dropout, training)
         pieces = (KeyValue(key.to(dtype), value.to(dtype)) for key, value in self.layout.split(dropped))
-        return {site.path: piece for site, piece in zip(self.layout.sites, pieces, strict=True)}
+        return {site.place: piece for site, piece in zip(self.layout.sites, pieces, strict=True)}
 
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """What a checkpoint holds: the encoder's parameters, and the tuned head's under ``head.``."""

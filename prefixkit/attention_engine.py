@@ -69,9 +69,10 @@ class AttentionEngine:
         for config in self._configs(model, attachment):
             internals.wrap_implementation(config, make_attention)
         for stack in attachment.stacks:
-            for site in stack.sites:
-                module = model.get_submodule(site.path)
-                module.__dict__[MARK] = SiteMark(site, attachment.state_key(stack))
+            for path in dict.fromkeys(site.path for site in stack.sites):
+                module = model.get_submodule(path)
+                sites = tuple(site for site in stack.sites if site.path == path)
+                module.__dict__[MARK] = SiteMark(sites, attachment.state_key(stack))
                 if stack.site_forward is not None:
                     internals.stand_in(module, stack.site_forward)
 
@@ -154,10 +155,10 @@ class AttentionEngine:
     ) -> PrefixState:
         config = attachment.config
         moved = None if real is None else real + config.num_virtual_tokens
-        here = {site.path for site in stack.sites}
+        here = {site.place for site in stack.sites}
         pieces = zip(attachment.layout.sites, attachment.layout.split(flat), strict=True)
         state = PrefixState(
-            pieces={site.path: piece for site, piece in pieces if site.path in here},
+            pieces={site.place: piece for site, piece in pieces if site.place in here},
             num_virtual_tokens=config.num_virtual_tokens,
             query_positions=moved,
             slide=config.window == "slide",

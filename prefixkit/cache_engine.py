@@ -112,6 +112,11 @@ def check_cacheable(attachment: Attachment) -> None:
             "a native cache cannot keep a prefix in sight of a sliding window; "
             f"{USE_ATTENTION}, or apply the prefix with window='slide'"
         )
+    if not all(stack.caches for stack in attachment.stacks if stack.name == "decoder"):
+        raise EngineError(
+            "the native cache of this model does not keep what its attention is given, one layer for each site (it "
+            f"keeps latents, shares layers, or has layers of another kind), so it holds no prefix; {USE_ATTENTION}"
+        )
     if attachment.config.layers is not None:
         raise EngineError("a native cache needs a prefix in every layer; apply the prefix without layers=")
     relative = any(isinstance(stack.positions, RelativeBias) for stack in attachment.stacks)
@@ -128,7 +133,7 @@ def fill_cache(cache: Cache, attachment: Attachment, pieces: dict[str, KeyValue]
     Args:
         cache: An empty cache of the architecture's kind.
         attachment: Whose sites the pieces belong to.
-        pieces: K and V by site path, in the dtype of the model's keys.
+        pieces: K and V by the site's place, in the dtype of the model's keys.
         batch: Rows of the cache.
     """
     own, cross = internals.self_and_cross(cache)
@@ -137,7 +142,7 @@ def fill_cache(cache: Cache, attachment: Attachment, pieces: dict[str, KeyValue]
         part = {"decoder": own, "cross": cross}.get(site.stack)
         if part is None:
             continue
-        key, value = (tensor.expand(batch, -1, -1, -1) for tensor in pieces[site.path])
+        key, value = (tensor.expand(batch, -1, -1, -1) for tensor in pieces[site.place])
         part.update(key, value, site.layer)
         if site.stack == "cross":
             layers = range(site.layer + 1)

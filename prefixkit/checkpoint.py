@@ -66,7 +66,7 @@ def load(
     Raises:
         CheckpointError: If the checkpoint is missing, damaged, or for another architecture or shape.
         AttachmentError: If the model already has a prefix.
-        UnknownAdapterError: If no plugin serves the model's type.
+        UnknownAdapterError: If the plugin for the model's type failed to load.
         EngineError: If the stored policies cannot be honoured here.
 
     On any error the model is as it was. Nothing is ever unpickled.

@@ -26,8 +26,6 @@ from prefixkit.errors import (
 )
 from prefixkit.method import Method
 
-GUIDE = "docs/extend/adapter.md"
-
 
 @dataclass(frozen=True, kw_only=True)
 class PluginInfo:
@@ -76,17 +74,24 @@ class Registry:
         self._builtin = self._register(methods)
 
     def adapter_for(self, model_type: str) -> Adapter:
-        """The adapter for a ``config.model_type``.
+        """The adapter for a ``config.model_type``: a plugin's, or the generic one.
 
         Raises:
-            UnknownAdapterError: If no plugin brings one; the message lists what is installed
-                and which plugins failed to load.
+            UnknownAdapterError: If a plugin of that name failed to load, with the reason.
             AdapterConflictError: If two distributions bring one.
         """
         named = [entry for entry in self._entries if entry.name == model_type]
         found = self._adapters(named, model_type) or self._adapters(self._entries, model_type)
+        broken = [entry for entry in named if self._load(entry).error]
+        if not found and broken:
+            raise UnknownAdapterError(
+                f"the plugin for model type {model_type!r} failed to load: {_distribution(broken[0])}: "
+                f"{self._load(broken[0]).error}; mend or uninstall it, or pass adapter="
+            )
         if not found:
-            raise UnknownAdapterError(self._unknown(model_type))
+            from prefixkit.generic.stacks import generic_adapter  # imports torch, which listing plugins does not need
+
+            return generic_adapter()
         if len(found) > 1:
             raise AdapterConflictError(
                 f"two distributions bring an adapter for model type {model_type!r}: "
@@ -132,15 +137,6 @@ class Registry:
     def _method_names(self) -> set[str]:
         brought = (method for entry in self._entries for method in self._load(entry).methods)
         return {method.name for method in (*self._builtin.methods, *brought)}
-
-    def _unknown(self, model_type: str) -> str:
-        adapters = (adapter for entry in self._entries for adapter in self._load(entry).adapters)
-        served = sorted({name for adapter in adapters for name in adapter.model_types})
-        return (
-            f"no adapter for model type {model_type!r}{closest(model_type, served)}; "
-            f"installed: {', '.join(served) or 'none'}{self._failures()}. "
-            f"Install a plugin that serves it, or write one: {GUIDE}"
-        )
 
     def _failures(self) -> str:
         failed = [info for info in self.plugins() if info.error]

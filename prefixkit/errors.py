@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+GUIDE = "docs/extend/adapter.md"
+"""Where writing an adapter is taught."""
+
 
 class PrefixkitError(Exception):
     """Base class: catch it to catch everything prefixkit raises on purpose."""

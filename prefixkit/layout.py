@@ -31,15 +31,15 @@ class Layout:
         sites: In any order.
 
     Raises:
-        PluginError: If there is none, or two share a path.
+        PluginError: If there is none, or two share a place.
     """
 
     def __init__(self, sites: Iterable[Site]) -> None:
         self.sites = tuple(sorted(sites, key=lambda site: (STACKS.index(site.stack), site.layer)))
         if not self.sites:
             raise PluginError("the adapter names no site")
-        paths = [site.path for site in self.sites]
-        twice = sorted({path for path in paths if paths.count(path) > 1})
+        places = [site.place for site in self.sites]
+        twice = sorted({place for place in places if places.count(place) > 1})
         if twice:
             raise PluginError(f"the adapter names these sites twice: {', '.join(twice)}")
         self.width = sum(site.width for site in self.sites)

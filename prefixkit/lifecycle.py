@@ -50,7 +50,8 @@ def apply(
         Trainer(model=model, ...).train()
 
     Args:
-        model: A transformers model of a type that a plugin serves. It keeps its class.
+        model: A transformers model. It keeps its class. Where no plugin serves its type, a few tiny
+            forward passes tell where the prefix goes (:func:`prefixkit.generic_adapter`).
         method: ``"prefix-tuning"`` (an MLP parametrises the prefix, Li & Liang 2021),
             ``"p-tuning-v2"`` (the prefix is the parameter, Liu et al. 2022), or a plugin's.
         num_virtual_tokens: Length P of the prefix.
@@ -73,7 +74,7 @@ def apply(
         The same object.
 
     Raises:
-        UnknownAdapterError: If no plugin serves the model's type.
+        UnknownAdapterError: If the plugin for the model's type failed to load.
         AdapterConflictError: If two distributions do.
         MethodError: For an unknown method or option.
         ConfigError: For an argument that cannot be served.
@@ -197,7 +198,7 @@ def sites(model: PreTrainedModel) -> list[Site]:
         [(site.path, site.stack, site.kv_heads, site.key_dim) for site in prefixkit.sites(model)]
 
     Raises:
-        UnknownAdapterError: If the model is bare and no plugin serves its type.
+        UnknownAdapterError: If the model is bare and the plugin for its type failed to load.
         UnsupportedModelError: If it is no transformers model.
     """
     attachment = find(model) if isinstance(model, nn.Module) else None

@@ -63,7 +63,7 @@ def to_cache(model: PreTrainedModel, batch_size: int = 1) -> Cache:
         flat = attachment.flat().detach()
     pieces = attachment.prepared(flat, dtype=internals.compute_dtype(module), training=False)
     # Own memory: a caller may write into the cache, or train the prefix further.
-    pieces = {path: KeyValue(key.clone(), value.clone()) for path, (key, value) in pieces.items()}
+    pieces = {place: KeyValue(key.clone(), value.clone()) for place, (key, value) in pieces.items()}
     cache = internals.new_cache(internals.config_of(module))
     fill_cache(cache, attachment, pieces, batch_size)
     return cache

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -38,7 +38,7 @@ class PrefixState:
     """The prefix during one call of one stack.
 
     Attributes:
-        pieces: K and V of the stack's sites, by module path.
+        pieces: K and V of the stack's sites, by the site's place.
         num_virtual_tokens: Length P of the prefix.
         query_positions: Positions of the queries with the prefix counted, ``(batch or 1, queries)``;
             ``None`` where nothing asks for them.
@@ -46,6 +46,7 @@ class PrefixState:
         dropout: Share of the prefix's numbers dropped in training.
         bias: Relative-position bias of the prefix's columns, ``(batch or 1, heads, queries, P)``;
             ``None`` stands for zeros.
+        turns: How often each module that several layers share has called its attention so far, by path.
     """
 
     pieces: dict[str, KeyValue]
@@ -54,6 +55,7 @@ class PrefixState:
     slide: bool
     dropout: float
     bias: torch.Tensor | None = None
+    turns: dict[str, int] = field(default_factory=dict)
     _causal: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     _block_masks: list[tuple[Any, int | None, Any]] = field(default_factory=list)
 
@@ -101,12 +103,21 @@ class SiteMark:
     """Stands on an attention module while a prefix is attached.
 
     Attributes:
-        site: The site that the module is.
+        sites: The sites that the module is: one, unless several layers share it.
         stack: Key of its stack's state beside the call.
     """
 
-    site: Site
+    sites: tuple[Site, ...]
     stack: str
+
+    def site(self, state: PrefixState) -> Site:
+        """The site of the call under way: where layers share the module, the next one in turn."""
+        path = self.sites[0].path
+        if len(self.sites) == 1:
+            return self.sites[0]
+        turn = state.turns.get(path, 0)
+        state.turns[path] = turn + 1
+        return self.sites[turn % len(self.sites)]
 
 
 @_never_compiled
@@ -148,9 +159,12 @@ class KeepingCheckpoint:
     def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """As the function it stands in for."""
         states = _beside.get()
+        counted = {name: replace(state, turns=dict(state.turns)) for name, state in states.items()}
+        runs = iter((states,))  # the first time; later ones start to count where it did
 
         def with_states(*inputs: Any, **options: Any) -> Any:
-            with _beside_again(states):
+            again = {name: replace(state, turns=dict(state.turns)) for name, state in counted.items()}
+            with _beside_again(next(runs, again)):
                 return layer(*inputs, **options)
 
         return self.function(with_states, *args, **kwargs)
@@ -175,10 +189,10 @@ def find_state(module: nn.Module, arguments: dict[str, Any]) -> tuple[Site, Pref
         return None
     if state is None:
         raise EngineError(
-            f"the prefix did not reach {mark.site.path!r}: its stack was not called as a module, or does "
+            f"the prefix did not reach {mark.sites[0].path!r}: its stack was not called as a module, or does "
             "not hand keyword arguments down to its attention (an adapter says so with hands_down=False)"
         )
-    return mark.site, state
+    return mark.site(state), state
 
 
 def in_front(
@@ -224,7 +238,7 @@ def put_before(
     """``key`` and ``value`` with the site's prefix in front."""
     _check_heads(site, key, value)
     dropout = state.dropout if module.training else 0.0
-    piece = state.pieces[site.path]
+    piece = state.pieces[site.place]
     return put_in_front(piece.key, key, dropout), put_in_front(piece.value, value, dropout)
 
 

@@ -8,8 +8,9 @@ shares the config and has no prefix sees the very same masks as before.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cache
 from inspect import Parameter, signature
 from typing import Any
@@ -91,11 +92,11 @@ def unwrap_implementation(config: PreTrainedConfig) -> None:
         config._attn_implementation_internal = name.removeprefix(MARK)
 
 
-def register_implementation(name: str, make: Callable[[str], AttentionFunction]) -> None:
-    """Make ``prefixkit_<name>`` known to transformers. Safe to repeat."""
+def register_implementation(name: str, make: Callable[[str], AttentionFunction], masks: str | None = None) -> None:
+    """Make ``prefixkit_<name>``, with the masks of ``masks`` or ``name``, known to transformers. Safe to repeat."""
     if MARK + name not in ALL_ATTENTION_FUNCTIONS:
         AttentionInterface.register(MARK + name, make(name))
-        AttentionMaskInterface.register(MARK + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+        AttentionMaskInterface.register(MARK + name, ALL_MASK_ATTENTION_FUNCTIONS[masks or name])
 
 
 def original_attention(name: str, module: nn.Module) -> AttentionFunction:
@@ -116,6 +117,53 @@ def original_attention(name: str, module: nn.Module) -> AttentionFunction:
 def is_on_interface(module: nn.Module) -> bool:
     """Whether the attention of ``module`` is written for transformers' attention interface."""
     return any(hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS") for cls in type(module).__mro__)
+
+
+Seer = Callable[[nn.Module, tuple[Any, Any, Any, Any], dict[str, Any]], None]
+_seer: ContextVar[Seer | None] = ContextVar("prefixkit_seer", default=None)
+WATCHED = MARK + "watched"
+
+
+@contextmanager
+def attention_seen_by(model: nn.Module, see: Seer) -> Iterator[None]:
+    """Inside the block ``see(module, (query, key, value, mask), options)`` gets every attention call of ``model``.
+
+    Attention and masks are the eager ones there, so that every mask can be looked at.
+    """
+    register_implementation("watched", lambda _: _watched_attention, masks="eager")
+    configs = {id(config): config for module in model.modules() for config in _configs_of(module)}
+    before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    token = _seer.set(see)
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = WATCHED
+        yield
+    finally:
+        _seer.reset(token)
+        for config, name in before:
+            config._attn_implementation_internal = name
+
+
+def _configs_of(module: nn.Module) -> list[PreTrainedConfig]:
+    """The config of ``module`` and those of its parts, which some modules pass on."""
+    config = getattr(module, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return []
+    parts = (getattr(config, name, None) for name in getattr(config, "sub_configs", {}))
+    return [config, *(part for part in parts if isinstance(part, PreTrainedConfig))]
+
+
+def _watched_attention(
+    module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any = None, **options: Any
+) -> Any:
+    see = _seer.get()
+    if see is not None:
+        see(module, (query, key, value, attention_mask), options)
+    try:
+        function = original_attention("eager", module)
+    except EngineError:  # some models have none of their own
+        function = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    return function(module, query, key, value, attention_mask, **options)
 
 
 class SiteForward:
@@ -245,6 +293,18 @@ def held_prefix(cache: object) -> str | None:
     own = self_and_cross(cache)[0] if isinstance(cache, Cache) else None
     identity: str | None = getattr(own, HELD, None)
     return identity
+
+
+def cache_in(output: Any) -> Cache | None:
+    """The native cache among what a stack returned."""
+    parts = output.values() if hasattr(output, "values") else output if isinstance(output, tuple) else ()
+    return next((part for part in parts if isinstance(part, Cache)), None)
+
+
+def layer_holds(layer: Any, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether a layer of a native cache keeps just these keys and values."""
+    pairs = ((getattr(layer, "keys", None), key), (getattr(layer, "values", None), value))
+    return all(isinstance(kept, torch.Tensor) and torch.equal(kept, given) for kept, given in pairs)
 
 
 def set_not_updated(cache: Cache, layers: range) -> None:

@@ -12,6 +12,7 @@ from transformers import GPT2Model
 
 import prefixkit
 from prefixkit import Adapter, ConfigError, EngineError, MethodError, PluginError, Site, Stack
+from prefixkit.testing.subject import enable_checkpointing
 
 CASES = [
     ({"method": "p-tuning"}, MethodError, "no method 'p-tuning' (did you mean 'p-tuning-v2'?); installed: "),
@@ -214,14 +215,14 @@ def test_a_model_without_the_landmark():
         Stack(name="middle", path="", positions=prefixkit.PositionIds(), sites=())
 
 
-def test_a_stack_that_hands_nothing_down_is_refused_before_the_first_forward():
+def test_attention_off_the_interface_is_refused_before_the_first_forward(monkeypatch):
     model = tiny.make("gpt2")
     before = state(model)
-    forward = model.transformer.forward
-    model.transformer.forward = lambda input_ids=None, attention_mask=None: forward(
-        input_ids, attention_mask=attention_mask
-    )
-    with pytest.raises(EngineError, match="^the stack 'transformer' takes no further keyword arguments"):
-        prefixkit.apply(model, num_virtual_tokens=4)
-    del model.transformer.forward
+    monkeypatch.delattr("transformers.models.gpt2.modeling_gpt2.ALL_ATTENTION_FUNCTIONS")
+    with pytest.raises(EngineError, match="^the attention of 'transformer.h.0.attn', GPT2Attention, does not go"):
+        prefixkit.apply(model, num_virtual_tokens=4, engine="attention")
     assert_same(before, state(model))
+    prefixkit.apply(model, num_virtual_tokens=4)
+    with pytest.raises(EngineError, match="gradient checkpointing"):
+        enable_checkpointing(model.train())
+        model(torch.tensor([[3, 4]]))

@@ -1,0 +1,132 @@
+"""How a watched stack counts positions: told by what changes when they are moved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from prefixkit.adapter import PositionIds, Positions, PositionTable, Stack
+from prefixkit.generic.watching import Change, Watched, watch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MOVE = 3
+"""How far positions are moved to see what moves with them."""
+FIRST_ROWS = 8
+"""The rows of a table that a first position is looked for in."""
+
+
+def positions_of(model: PreTrainedModel, inputs: Mapping[str, Any], stack: Stack) -> Positions | None:
+    """Position ids, a table, or ``None`` where positions cannot be moved from outside."""
+    module = model.get_submodule(stack.path)
+    before = watch(model, inputs, {stack.path: dict})
+    if "position_ids" in signature(module.forward).parameters:
+        return _position_ids(model, inputs, stack, before)
+    return _position_table(module, stack, before)
+
+
+def _position_ids(
+    model: PreTrainedModel, inputs: Mapping[str, Any], stack: Stack, before: Watched
+) -> PositionIds | None:
+    """The ids that give what the stack does by itself, if others give something else."""
+    given = before.arguments[stack.path].get("position_ids")
+    tokens = _tokens(before.arguments[stack.path])
+    if tokens is None:
+        return None
+    places = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    for offset in _first_ids(model):
+        ids = places + offset if given is None else given
+        same = _try(model, inputs, stack, _with_ids(ids))
+        moved = _try(model, inputs, stack, _with_ids(ids + MOVE))
+        if same is not None and moved is not None and _equal(before, same, stack) and not _equal(same, moved, stack):
+            first = offset if given is None else int(given.min())
+            return PositionIds(limit=_limit(model, same, moved, tokens.shape[1]), offset=first)
+        if given is not None:
+            break
+    return None
+
+
+def _first_ids(model: PreTrainedModel) -> list[int]:
+    """The ids that the first position is looked for under; some count from behind that of the padding."""
+    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return sorted({0, 1, 2, 3, padding + 1 if isinstance(padding, int) else 0})
+
+
+def _with_ids(ids: torch.Tensor) -> Change:
+    return lambda arguments: {**arguments, "position_ids": ids}
+
+
+def _try(model: PreTrainedModel, inputs: Mapping[str, Any], stack: Stack, change: Change) -> Watched | None:
+    try:
+        return watch(model, inputs, {stack.path: change})
+    except Exception:  # noqa: BLE001 - a model may refuse ids for reasons of its own
+        return None
+
+
+def _equal(one: Watched, other: Watched, stack: Stack) -> bool:
+    """Whether queries and keys of the stack's sites are the same in both."""
+    here = {site.path for site in stack.sites}
+    pairs = zip(one.calls, other.calls, strict=True)
+    return all(
+        torch.allclose(a.query, b.query, atol=1e-5) and torch.allclose(a.key, b.key, atol=1e-5)
+        for a, b in pairs
+        if a.path in here
+    )
+
+
+def _limit(model: nn.Module, same: Watched, moved: Watched, tokens: int) -> int | None:
+    """How many positions the table has in which the ids are looked up, or ``None``: there is none."""
+    limits: list[int] = []
+    for path, rows in same.looked_up.items():
+        table = model.get_submodule(path)
+        first, then = (_first_row(table, seen, tokens) for seen in (rows, moved.looked_up.get(path)))
+        if first is not None and then == first + MOVE:
+            limits.append(_rows_of(table) - first)
+    return min(limits, default=None)
+
+
+def _position_table(module: nn.Module, stack: Stack, seen: Watched) -> PositionTable | None:
+    """The one embedding inside the stack that gave consecutive rows."""
+    tokens = _tokens(seen.arguments[stack.path])
+    found: list[PositionTable] = []
+    for path, output in seen.looked_up.items():
+        inside = path.removeprefix(stack.path + ".") if stack.path else path
+        if (not stack.path or path.startswith(stack.path + ".")) and seen.turns[path] == 1 and tokens is not None:
+            table = module.get_submodule(inside)
+            first = _first_row(table, output, tokens.shape[1])
+            if first is not None:
+                found.append(PositionTable(path=inside, offset=first, limit=_rows_of(table) - first))
+    return found[0] if len(found) == 1 else None
+
+
+def _first_row(table: nn.Module, output: Any, tokens: int) -> int | None:
+    """The row with which a table's consecutive output starts."""
+    assert isinstance(table, nn.Embedding)
+    if not isinstance(output, torch.Tensor) or output.shape[-2:] != (tokens, table.embedding_dim):
+        return None
+    if table.weight.is_meta:
+        return None
+    rows = output.reshape(-1, tokens, table.embedding_dim)[0]
+    for first in range(min(FIRST_ROWS, table.num_embeddings - tokens)):
+        if torch.equal(table.weight[first : first + tokens].to(rows), rows):
+            return first
+    return None
+
+
+def _rows_of(table: nn.Module) -> int:
+    assert isinstance(table, nn.Embedding)
+    return table.num_embeddings
+
+
+def _tokens(arguments: Mapping[str, Any]) -> torch.Tensor | None:
+    """Token ids ``(batch, tokens)`` or embeddings ``(batch, tokens, dim)`` among the arguments."""
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(arguments.get(name), torch.Tensor):
+            value: torch.Tensor = arguments[name]
+            return value if value.ndim in (2, 3) and value.shape[0] == 1 else None
+    return None

@@ -1,0 +1,240 @@
+"""From watched attention calls to stacks and sites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from prefixkit import transformers_internals as internals
+from prefixkit.adapter import Adapter, Site, Stack
+from prefixkit.errors import GUIDE, UnsupportedModelError
+from prefixkit.generic.inputs import TARGETS, candidates, required
+from prefixkit.generic.positions import positions_of
+from prefixkit.generic.watching import AttentionCall, Watched, watch
+from prefixkit.prefix_state import STATE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Inputs = Mapping[str, Any]
+
+
+def generic_adapter(inputs: Inputs | None = None) -> Adapter:
+    """An adapter for any model whose attention is on transformers' attention interface.
+
+    It watches a few forward passes of two or three tokens and learns which modules call the
+    attention function, with which keys and values, in which stack, and how positions can be moved.
+    :func:`prefixkit.apply` uses it for every model type that no plugin serves.
+
+    Example::
+
+        adapter = prefixkit.generic_adapter({"pixel_values": image})  # a model with inputs of its own kind
+        prefixkit.apply(model, num_virtual_tokens=10, adapter=adapter)
+
+    Args:
+        inputs: Arguments for ``model.forward``, small ones; by default tokens, an image or a sound,
+            as the model names its main input.
+    """
+    return Adapter(model_types=(), stacks=lambda model: watched_stacks(model, inputs))
+
+
+def watched_stacks(model: PreTrainedModel, inputs: Inputs | None = None) -> list[Stack]:
+    """The stacks of ``model``, found by watching.
+
+    Raises:
+        UnsupportedModelError: If no tiny forward pass succeeds, none of its modules calls the
+            attention function, or one calls it with what no prefix can be put in front of.
+    """
+    inputs, watched = _first_run(model, inputs)
+    for call in watched.calls:
+        _check_call(model, call)
+    groups = _groups(model, watched)
+    stacks = [_stack(model, base, calls, groups, watched) for base, calls in groups.items()]
+    stacks = _number_layers(model, stacks)
+    stacks = _learn_hands_down(model, inputs, stacks)
+    stacks = [replace(stack, positions=positions_of(model, inputs, stack)) for stack in stacks]
+    return [_learn_cache(model, inputs, stack) if stack.name == "decoder" else stack for stack in stacks]
+
+
+def _first_run(model: PreTrainedModel, inputs: Inputs | None) -> tuple[Inputs, Watched]:
+    """The first inputs with which the model runs, and what was seen."""
+    failures: list[str] = []
+    more = (attempt for targets in (TARGETS, TARGETS + 3) for attempt in candidates(model, targets))
+    for attempt in more if inputs is None else [inputs]:
+        try:
+            watched = watch(model, attempt)
+        except Exception as error:  # noqa: BLE001 - whatever a model may raise for inputs that are not for it
+            failures.append(f"{', '.join(attempt)}: {type(error).__name__}: {str(error)[:200]}")
+            continue
+        if "decoder_input_ids" in attempt and _cross_looks_like_self(watched):
+            failures.append("an encoder with as many states as the decoder has tokens")
+            continue
+        if not watched.calls:
+            raise UnsupportedModelError(
+                f"no attention of this {type(model).__name__} goes through transformers' attention interface (in "
+                f"transformers {internals.VERSION}), so no prefix can be put in front of it from outside; a plugin "
+                f"may serve it: {GUIDE}"
+            )
+        return attempt, watched
+    raise UnsupportedModelError(
+        f"could not watch a forward pass of this {type(model).__name__} (forward needs: "
+        f"{', '.join(required(model)) or 'nothing'}); tried {'; '.join(failures) or 'nothing'}. Pass "
+        f"adapter=prefixkit.generic_adapter(inputs) with inputs that it runs with, or write an adapter: {GUIDE}"
+    )
+
+
+def _cross_looks_like_self(watched: Watched) -> bool:
+    """Whether an encoder's states are as many as the decoder's tokens, so that the two cannot be told apart."""
+    return bool(watched.calls) and len({call.query.shape[2] for call in watched.calls}) == 1
+
+
+def _check_call(model: PreTrainedModel, call: AttentionCall) -> None:
+    shapes = f"keys {tuple(call.key.shape)}, values {tuple(call.value.shape)}"
+    if call.key.ndim != 4 or call.value.ndim != 4 or call.key.shape[:3] != call.value.shape[:3]:
+        raise UnsupportedModelError(
+            f"{call.path!r} of this {type(model).__name__} calls attention with {shapes}; a prefix needs (batch, "
+            f"heads, tokens, dim) with as many heads and tokens in both. Write an adapter: {GUIDE}"
+        )
+
+
+def _groups(model: nn.Module, watched: Watched) -> dict[str, list[AttentionCall]]:
+    """The first attention call of every turn of every module, by the module that runs its layers."""
+    groups: dict[str, list[AttentionCall]] = {}
+    seen: set[tuple[str, int]] = set()
+    for call in watched.calls:
+        if (call.path, call.turn) not in seen:
+            seen.add((call.path, call.turn))
+            groups.setdefault(_base(model, call.path, watched), []).append(call)
+    return groups
+
+
+def _base(model: nn.Module, path: str, watched: Watched) -> str:
+    """The module that runs the layers ``path`` stands in: above the outermost list of modules."""
+    parts = path.split(".")
+    lists = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+    above = next(
+        (i for i in range(len(parts)) if isinstance(model.get_submodule(".".join(parts[: i + 1])), lists)),
+        len(parts) - 1,
+    )
+    while above and not watched.turns.get(".".join(parts[:above])):
+        above -= 1
+    return ".".join(parts[:above])
+
+
+def _stack(
+    model: PreTrainedModel, base: str, calls: Sequence[AttentionCall], groups: Mapping[str, Any], watched: Watched
+) -> Stack:
+    others = [other for other in groups if other != base]
+    path = _stack_path(model, base, others)
+    takes = signature(model.get_submodule(path).forward).parameters
+    crosses = len(groups) > 1 and any(call.key.shape[2] != call.query.shape[2] for call in calls)
+    decodes = crosses or ("past_key_values" in takes and any(_is_causal(call.mask) for call in calls))
+    sites = tuple(
+        Site(
+            path=call.path,
+            stack=_kind(call) if decodes else "encoder",
+            layer=0,
+            kv_heads=call.key.shape[1],
+            key_dim=call.key.shape[3],
+            value_dim=call.value.shape[3],
+            window=_window(model.get_submodule(call.path), call),
+            turn=call.turn if watched.turns[call.path] > watched.turns.get(path, 1) else 0,
+        )
+        for call in calls
+    )
+    return Stack(name="decoder" if decodes else "encoder", path=path, positions=None, sites=sites)
+
+
+def _stack_path(model: nn.Module, base: str, others: Sequence[str]) -> str:
+    """From ``base`` outwards, the first module that takes positions, else tokens; it must run no other stack."""
+    chain = [base]
+    while chain[-1]:
+        above = chain[-1].rpartition(".")[0]
+        if any(not above or other == above or other.startswith(above + ".") for other in others):
+            break
+        chain.append(above)
+    for wanted in ({"position_ids"}, {"input_ids", "inputs_embeds"}):
+        for path in chain:
+            if wanted & set(signature(model.get_submodule(path).forward).parameters):
+                return path
+    return base
+
+
+def _kind(call: AttentionCall) -> str:
+    return "decoder" if call.key.shape[2] == call.query.shape[2] else "cross"
+
+
+def _is_causal(mask: Any) -> bool:
+    """Whether an eager mask hides later tokens from earlier ones."""
+    return mask is not None and mask.shape[-2] > 1 and bool((mask[..., 0, 1:] < 0).any())
+
+
+def _window(module: nn.Module, call: AttentionCall) -> int | None:
+    window = call.options.get("sliding_window", getattr(module, "sliding_window", None))
+    return int(window) if isinstance(window, int) and not isinstance(window, bool) else None
+
+
+def _number_layers(model: nn.Module, stacks: Sequence[Stack]) -> list[Stack]:
+    """Layers by the index that the modules have in the cache, else in the order of their calls."""
+    counts: dict[str, int] = {}
+    return [replace(stack, sites=tuple(_numbered(model, stack, counts))) for stack in stacks]
+
+
+def _numbered(model: nn.Module, stack: Stack, counts: dict[str, int]) -> Iterator[Site]:
+    for kind in dict.fromkeys(site.stack for site in stack.sites):
+        sites = [site for site in stack.sites if site.stack == kind]
+        indices = [getattr(model.get_submodule(site.path), "layer_idx", None) for site in sites]
+        known = kind != "encoder" and all(isinstance(i, int) for i in indices) and len(set(indices)) == len(sites)
+        for site, index in zip(sites, indices, strict=True):
+            count = counts.get(kind, 0)
+            counts[kind] = count + 1
+            yield replace(site, layer=index if known and index is not None else count)
+
+
+def _learn_hands_down(model: PreTrainedModel, inputs: Inputs, stacks: Sequence[Stack]) -> list[Stack]:
+    """Whether a keyword argument that a stack does not know arrives at all of its attention."""
+    return [replace(stack, hands_down=_hands_down(model, inputs, stack)) for stack in stacks]
+
+
+def _hands_down(model: PreTrainedModel, inputs: Inputs, stack: Stack) -> bool:
+    if not internals.takes_any_keyword(model.get_submodule(stack.path)) or any(site.turn for site in stack.sites):
+        return False
+    try:
+        watched = watch(model, inputs, {stack.path: lambda arguments: {**arguments, STATE: "a probe"}})
+    except Exception:  # noqa: BLE001 - some module on the way takes no such argument
+        return False
+    here = {site.path for site in stack.sites}
+    return all(STATE in call.options for call in watched.calls if call.path in here)
+
+
+def _learn_cache(model: PreTrainedModel, inputs: Inputs, stack: Stack) -> Stack:
+    """Whether the native cache keeps, layer by layer, what the attention is given, and nothing else."""
+    takes = signature(model.get_submodule(stack.path).forward).parameters
+    if "past_key_values" not in takes or "use_cache" not in takes:
+        return replace(stack, caches=False)
+    try:
+        watched = watch(model, inputs, {stack.path: lambda arguments: {**arguments, "use_cache": True}})
+    except Exception:  # noqa: BLE001 - whatever a model may raise
+        return replace(stack, caches=False)
+    return replace(stack, caches=_keeps(watched, stack))
+
+
+def _keeps(watched: Watched, stack: Stack) -> bool:
+    cache = internals.cache_in(watched.outputs.get(stack.path))
+    if cache is None:
+        return False
+    calls = {call.path: call for call in watched.calls}
+    own, cross = internals.self_and_cross(cache)
+    own_layers = {site.layer for site in stack.sites if site.stack == "decoder"}
+    if own_layers != set(range(len(own.layers))):
+        return False  # other layers keep a state of another kind
+    layers = {"decoder": own.layers, "cross": cross.layers if cross is not None else []}
+    return all(
+        site.layer < len(layers[site.stack])
+        and internals.layer_holds(layers[site.stack][site.layer], calls[site.path].key, calls[site.path].value)
+        for site in stack.sites
+    )
