@@ -211,6 +211,8 @@ def make_attention(name: str) -> internals.AttentionFunction:
             attention_mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
         if attention_mask is not None:
             attention_mask = state.widened(attention_mask, seen, site.window, len(query))
+            if kwargs.get("is_causal"):  # the mask says it; torch's own would stand at the upper left
+                kwargs["is_causal"] = False
         if kwargs.get("position_bias") is not None:
             front = None if site.stack == "cross" else state.bias
             kwargs["position_bias"] = widen_bias(kwargs["position_bias"], front, state.num_virtual_tokens, len(query))

@@ -72,6 +72,9 @@ class CacheEngine:
         if isinstance(stack.positions, PositionIds) and call.mask is None:
             _check_positions(arguments.get("position_ids"), call, stack.positions.offset)
         place_positions(module, stack, arguments, call, offset)
+        if arguments.get("cache_position") is not None and _has_self_sites(attachment):
+            # Places in the cache, which transformers before 5.4 makes masks from; not those of the tokens.
+            arguments["cache_position"] = arguments["cache_position"] + tokens
         if internals.held_prefix(cache) is None:
             dtype = internals.compute_dtype(module)
             pieces = attachment.prepared(flat, dtype=dtype, training=module.training)

@@ -19,7 +19,6 @@ import torch
 import transformers
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -32,6 +31,11 @@ except ImportError:  # torch was built without distributed, or is older than FSD
     SHARDED: tuple[type, ...] = ()
 else:
     SHARDED = (DTensor,)
+
+try:
+    from transformers import PreTrainedConfig
+except ImportError:  # its name before transformers 5.0
+    from transformers import PretrainedConfig as PreTrainedConfig
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, Any]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,13 +83,20 @@ def sharded_before(model: PreTrainedModel, stated: tuple[Stack, ...], **options:
 def tensor_parallel_before(model: PreTrainedModel, stated: tuple[Stack, ...], folder: str, **options: Any) -> None:
     """Apply a prefix to a model that tensor parallel has spread: by its own plan, if it has one."""
     if model.supports_tp_plan:
-        from transformers.distributed.configuration_utils import DistributedConfig
-
-        plan = DistributedConfig(tp_size=PROCESSES, tp_plan="auto")
-        model = type(model).from_pretrained(folder, distributed_config=plan)
+        model = type(model).from_pretrained(folder, **_tensor_parallel())
     else:
         _spread(model, [site for stack in stated for site in stack.sites])
     _apply(model, stated, **options)
+
+
+def _tensor_parallel() -> dict[str, Any]:
+    """What ``from_pretrained`` of this version of transformers has to be told, to spread a model by its own plan."""
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    settings = {"tp_size": PROCESSES, "tp_plan": "auto"}
+    if "tp_size" not in signature(DistributedConfig).parameters:
+        return settings
+    return {"distributed_config": DistributedConfig(**settings)}
 
 
 def tensor_parallel_after(model: PreTrainedModel, inputs: Inputs) -> None:
