@@ -82,7 +82,7 @@ def sharded_before(model: PreTrainedModel, stated: tuple[Stack, ...], **options:
 
 def tensor_parallel_before(model: PreTrainedModel, stated: tuple[Stack, ...], folder: str, **options: Any) -> None:
     """Apply a prefix to a model that tensor parallel has spread: by its own plan, if it has one."""
-    if model.supports_tp_plan:
+    if model.supports_tp_plan and getattr(model, "tp_plan", None) != {}:  # some versions call an empty plan one
         model = type(model).from_pretrained(folder, **_tensor_parallel())
     else:
         _spread(model, [site for stack in stated for site in stack.sites])
