@@ -95,7 +95,7 @@ class Conformance(Sites, Numbers, Attention, Training, Generation, WithTrainer, 
         if not hasattr(self, "traits"):
             raise TypeError(f"{type(self).__name__} needs an adapter and a make_model")
         choices: dict[str, tuple[Any, ...]] = {
-            "engine": ("attention", "cache") if self.traits.caches else ("attention",),
+            "engine": self.traits.engines,
             "method": METHODS,
             "attention": self.traits.implementations,
             "positions": ("shift", "none"),

@@ -31,7 +31,7 @@ class Numbers:
                 subject, engine=engine, attention=attention, shift=positions == "shift", pinned=window == "pinned"
             )
 
-    @needs("caches")
+    @needs("both_engines")
     def test_engines_agree(self, subject: Subject, method: str, positions: str) -> None:
         """Both engines give the same outputs and gradients."""
         with subject.may_refuse("cache"):
@@ -140,6 +140,7 @@ class Numbers:
             subject.apply(model, engine="cache", stacks=("encoder",), window="slide")
         assert _belongings(model) == before
 
+    @needs("on_interface")
     def test_one_layer_alone(self, subject: Subject) -> None:
         """With layers= the prefix stands in those layers alone, and trains there."""
         sites = prefixkit.sites(subject.with_prefix())

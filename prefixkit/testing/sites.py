@@ -8,11 +8,13 @@ import prefixkit
 from prefixkit.layout import Layout
 from prefixkit.testing.recording import AttentionCall, recorded_calls
 from prefixkit.testing.subject import TOKENS, Subject
+from prefixkit.testing.traits import needs
 
 
 class Sites:
     """The adapter's sites against the attention calls of a forward pass."""
 
+    @needs("on_interface")
     def test_sites_are_the_attention_calls(self, subject: Subject) -> None:
         """Sites are exactly the attention calls of a forward pass."""
         model = subject.bare()

@@ -68,16 +68,17 @@ class Subject:
         return made
 
     def apply(
-        self, model: PreTrainedModel, *, engine: str = "attention", strong: bool = True, **options: Any
+        self, model: PreTrainedModel, *, engine: str | None = None, strong: bool = True, **options: Any
     ) -> PreTrainedModel:
         """Give ``model`` a prefix, under the policies that ``engine`` can honour.
 
         Args:
             model: A bare model.
-            engine: ``"attention"`` or ``"cache"``.
+            engine: ``"attention"`` or ``"cache"``; by default the first that can serve the model.
             strong: Make the prefix as large as a model's own keys and values.
             **options: As for :func:`prefixkit.apply`.
         """
+        engine = engine or self.traits.engines[0]
         settings: dict[str, Any] = {"num_virtual_tokens": TOKENS, **self.cacheable(engine), **options}
         prefixkit.apply(model, adapter=self.adapter, engine=engine, **settings)
         if strong and "init" not in options:

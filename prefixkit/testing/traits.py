@@ -28,6 +28,7 @@ class Traits:
     Attributes:
         encodes: It has an encoder.
         decodes: It has a decoder, whose attention is causal.
+        on_interface: Its attention goes through transformers' attention interface, which the attention engine needs.
         generates: It has ``generate``.
         windowed: Some of its layers have a sliding window.
         biased: Positions enter as a bias on the attention scores.
@@ -40,6 +41,7 @@ class Traits:
 
     encodes: bool
     decodes: bool
+    on_interface: bool
     generates: bool
     windowed: bool
     biased: bool
@@ -84,6 +86,16 @@ class Traits:
         """Part of it takes a key-value cache, so the cache engine can serve that part."""
         return self.decodes
 
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """The engines that can serve it."""
+        return (("attention",) if self.on_interface else ()) + (("cache",) if self.caches else ())
+
+    @property
+    def both_engines(self) -> bool:
+        """Either engine can serve it."""
+        return len(self.engines) == 2
+
 
 def traits_of(subject: Subject, *, accelerated: bool) -> Traits:
     """Find out by running the bare model."""
@@ -95,6 +107,7 @@ def traits_of(subject: Subject, *, accelerated: bool) -> Traits:
     return Traits(
         encodes=both or not causal,
         decodes=causal,
+        on_interface=bool(calls),
         generates=causal and model.can_generate(),
         windowed=any(call.options.get("sliding_window") for call in calls),
         biased=any(call.options.get("position_bias") is not None for call in calls),
@@ -102,7 +115,8 @@ def traits_of(subject: Subject, *, accelerated: bool) -> Traits:
         first_position=_first_position(subject, model),
         checkpoints=bool(model.supports_gradient_checkpointing),
         accelerated=accelerated,
-        implementations=tuple(name for name in IMPLEMENTATIONS if _runs(subject, name)),
+        # Off the interface there is the model's own attention, whatever name it is given.
+        implementations=tuple(name for name in IMPLEMENTATIONS if _runs(subject, name)) if calls else IMPLEMENTATIONS[:1],
     )
 
 
