@@ -174,13 +174,23 @@ def _select(model: PreTrainedModel, stacks: list[Stack], config: PrefixConfig) -
     _check_asked("stacks", config.stacks, {site.stack for site in every}, model)
     _check_asked("layers", config.layers, {site.layer for site in every}, model)
     chosen = tuple(
-        replace(stack, sites=tuple(site for site in stack.sites if _asked(site, config))) for stack in stacks
+        replace(
+            stack,
+            sites=tuple(site for site in stack.sites if _asked(site, config)),
+            hands_down=stack.hands_down and _can_hand_down(model, stack),
+        )
+        for stack in stacks
     )
     if not any(stack.sites for stack in chosen):
         raise ConfigError(
             f"stacks={config.stacks} and layers={config.layers} leave no attention of {type(model).__name__}"
         )
     return chosen
+
+
+def _can_hand_down(model: PreTrainedModel, stack: Stack) -> bool:
+    """Some versions of transformers drop in a layer what its stack accepts."""
+    return all(internals.can_hand_down(model, stack.path, site.path) for site in stack.sites)
 
 
 def _asked(site: Site, config: PrefixConfig) -> bool:

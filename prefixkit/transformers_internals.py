@@ -243,6 +243,14 @@ def takes_any_keyword(module: nn.Module) -> bool:
     return Parameter.VAR_KEYWORD in kinds
 
 
+def can_hand_down(model: nn.Module, stack: str, site: str) -> bool:
+    """Whether all modules from ``stack`` down to ``site`` accept keyword arguments they do not name."""
+    names = site.removeprefix(stack).strip(".").split(".")
+    paths = [".".join(filter(None, (stack, *names[:depth]))) for depth in range(len(names) + 1)]
+    modules = (model.get_submodule(path) for path in paths)
+    return all(isinstance(module, nn.ModuleList) or takes_any_keyword(module) for module in modules)
+
+
 def uses_reentrant_checkpointing(stack: nn.Module) -> bool:
     """Whether the stack's layers are checkpointed the reentrant way."""
     functions = (getattr(module, "_gradient_checkpointing_func", None) for module in stack.modules())

@@ -93,7 +93,7 @@ def _tensor_parallel() -> dict[str, Any]:
     """What ``from_pretrained`` of this version of transformers has to be told, to spread a model by its own plan."""
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    settings = {"tp_size": PROCESSES, "tp_plan": "auto"}
+    settings: dict[str, Any] = {"tp_size": PROCESSES, "tp_plan": "auto"}
     if "tp_size" not in signature(DistributedConfig).parameters:
         return settings
     return {"distributed_config": DistributedConfig(**settings)}

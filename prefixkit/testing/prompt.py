@@ -60,14 +60,14 @@ class PromptOracle:
         return torch.cat(columns, dim=1)
 
     def _held(self, inputs: dict[str, Any], sites: Sequence[Site]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of the prompt by site: from the attention calls, or where these cannot be seen from the cache."""
+        """Keys and values of the prompt by site: from the attention calls, or from the cache if none can be seen."""
         if self.subject.traits.on_interface:
             with recorded_calls(self.model) as calls:
                 self.subject.logits(self.model, **inputs)
             return {call.path: (call.key[0], call.value[0]) for call in calls}
         with torch.no_grad():
             cache = self.model(**{**inputs, "use_cache": True}).past_key_values
-        parts = dict(zip(("decoder", "cross"), self_and_cross(cache), strict=True))
+        parts: dict[str, Any] = dict(zip(("decoder", "cross"), self_and_cross(cache), strict=True))
         layers = {site.path: parts[site.stack].layers[site.layer] for site in sites}
         return {path: (layer.keys[0], layer.values[0]) for path, layer in layers.items()}
 

@@ -38,6 +38,7 @@ class Training:
             _assert_equal(_two_forwards(subject, model), expected)
 
     @needs("checkpoints")
+    @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # of a stack without prefix
     def test_reentrant_checkpointing_is_right_or_refused(self, subject: Subject, engine: str, method: str) -> None:
         """Reentrant checkpointing gives equal gradients or a clear error."""
         model = subject.with_prefix(engine=engine, method=method, training=True)
