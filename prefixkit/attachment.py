@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from prefixkit import transformers_internals as internals
 from prefixkit.adapter import PositionTable, Stack, join_path
-from prefixkit.attention_engine import AttentionEngine, hands_down, make_attention
+from prefixkit.attention_engine import AttentionEngine, hands_down, stand_before_attention
 from prefixkit.cache_engine import CacheEngine
 from prefixkit.errors import AttachmentError, CheckpointError, EngineError, UnsupportedModelError
 from prefixkit.head import head_parameters
@@ -55,6 +55,7 @@ class Attachment:
         disablers: How many :func:`prefixkit.disabled` blocks are under way.
         identity: Marks the caches that hold this prefix.
         displaced: What the instance answered by itself before, where the prefix answers now.
+        homes: Files whose attention functions the sites call.
         shapes: Shapes of all that a checkpoint holds, while no process has a part only.
     """
 
@@ -69,6 +70,7 @@ class Attachment:
     identity: str = field(default_factory=lambda: uuid.uuid4().hex)
     handles: list[Any] = field(default_factory=list)
     displaced: dict[str, Any] = field(default_factory=dict)
+    homes: tuple[str, ...] = ()
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
@@ -83,10 +85,9 @@ class Attachment:
         return self.__dict__
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A spawned process that unpickles the model has not registered the attention functions."""
+        """In a spawned process that unpickles the model, nothing stands before the attention functions yet."""
         self.__dict__.update(state)
-        for name in internals.WRAPPABLE:
-            internals.register_implementation(name, make_attention)
+        stand_before_attention(self.homes)
 
     def flat(self) -> torch.Tensor:
         """The flat prefix ``(P, width)``, from the parameters as they are now.

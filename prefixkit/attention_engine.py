@@ -34,6 +34,8 @@ from prefixkit.prefix_state import (
 from prefixkit.widening import widen_bias
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from transformers import PreTrainedConfig
 
     from prefixkit.attachment import Attachment
@@ -63,11 +65,12 @@ class AttentionEngine:
                 _check_reachable(site.path, model.get_submodule(site.path))
         for config in self._configs(model, attachment):
             internals.check_wrappable(config)
+        sites = (model.get_submodule(site.path) for site in attachment.layout.sites)
+        attachment.homes = tuple(dict.fromkeys(home for module in sites for home in internals.homes_of(module)))
 
     def attach(self, model: nn.Module, attachment: Attachment) -> None:
         """Wrap the attention implementation of the stacks and mark the sites."""
-        for config in self._configs(model, attachment):
-            internals.wrap_implementation(config, make_attention)
+        stand_before_attention(attachment.homes)
         for stack in attachment.stacks:
             for path in dict.fromkeys(site.path for site in stack.sites):
                 module = model.get_submodule(path)
@@ -84,18 +87,14 @@ class AttentionEngine:
             internals.stand_aside(module)
         for stack in attachment.stacks:
             internals.give_back_checkpointing(model.get_submodule(stack.path), KeepingCheckpoint)
-        for config in self._configs(model, attachment):
-            internals.unwrap_implementation(config)
 
     @staticmethod
     def _configs(model: nn.Module, attachment: Attachment) -> list[PreTrainedConfig]:
-        paths = [
-            path
-            for stack in attachment.stacks
-            if stack.site_forward is None
-            for path in (stack.path, *(site.path for site in stack.sites))
-        ]
-        configs = (internals.config_of(model.get_submodule(path)) for path in paths)
+        stacks = [stack for stack in attachment.stacks if stack.site_forward is None]
+        modules = [model.get_submodule(stack.path) for stack in stacks]
+        modules = [module for module in modules if internals.has_config(module)]
+        modules += [model.get_submodule(site.path) for stack in stacks for site in stack.sites]
+        configs = (internals.config_of(module) for module in modules)
         return list({id(config): config for config in configs}.values())
 
     def before(
@@ -108,9 +107,9 @@ class AttentionEngine:
                 "second layer is recomputed); enable checkpointing with its keyword arguments set to "
                 "{'use_reentrant': False}"
             )
-        if stack.site_forward is None:
+        if stack.site_forward is None and internals.has_config(module):
             # Again at every call: set_attn_implementation() may have been called since.
-            internals.wrap_implementation(internals.config_of(module), make_attention)
+            internals.check_wrappable(internals.config_of(module))
         cache = arguments.get("past_key_values") if stack.name == "decoder" else None
         if internals.held_prefix(cache) is not None:
             raise EngineError(
@@ -188,8 +187,14 @@ def _slides(stack: Stack, attachment: Attachment) -> bool:
     return attachment.config.window == "slide" and any(site.window for site in stack.sites)
 
 
-def make_attention(name: str) -> internals.AttentionFunction:
-    """The attention function that stands in front of implementation ``name``."""
+def stand_before_attention(homes: Iterable[str]) -> None:
+    """Put :func:`make_attention` before the attention functions of these files."""
+    for home in homes:
+        internals.stand_before_attention(home, make_attention)
+
+
+def make_attention(name: str, original: internals.AttentionFunction) -> internals.AttentionFunction:
+    """The attention function that stands before ``original``, the implementation ``name``."""
 
     def prefix_attention(
         module: nn.Module,
@@ -199,7 +204,6 @@ def make_attention(name: str) -> internals.AttentionFunction:
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, Any]:
-        original = internals.original_attention(name, module)
         found = find_state(module, kwargs)
         if found is None:
             return original(module, query, key, value, attention_mask, **kwargs)

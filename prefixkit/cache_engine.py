@@ -92,7 +92,7 @@ class CacheEngine:
     def after(self, module: nn.Module, arguments: dict[str, Any], output: Any) -> Any:
         """The stack's output, without the cache that we, not the caller, asked for."""
         asked = arguments.get("use_cache")
-        if internals.config_of(module).use_cache if asked is None else asked:
+        if getattr(internals.config_of(module), "use_cache", True) if asked is None else asked:
             return output
         if isinstance(output, tuple):
             return tuple(part for part in output if internals.held_prefix(part) is None)
@@ -110,6 +110,12 @@ def check_cacheable(attachment: Attachment) -> None:
     sites = [site for site in attachment.layout.sites if site.stack != "encoder"]
     if not sites:
         raise EngineError("this prefix has encoder sites only, and an encoder takes no cache")
+    uncounted = [stack for stack in attachment.stacks if stack.name == "decoder" and stack.positions is None]
+    if uncounted and _has_self_sites(attachment):
+        raise EngineError(
+            "this model may count positions from the length of its cache, and its adapter knows no way to tell it "
+            f"others; {USE_ATTENTION}"
+        )
     if attachment.config.window == "pinned" and any(site.window for site in sites):
         raise EngineError(
             "a native cache cannot keep a prefix in sight of a sliding window; "

@@ -1,17 +1,17 @@
 """The only module that touches what transformers does not document for users.
 
-An attention implementation is wrapped by registering a function of its own name, both as an
-attention and as a mask function. The mask function is the wrapped one, unchanged: a model that
-shares the config and has no prefix sees the very same masks as before.
+A function of ours stands before each attention function that a model may call, under the same name. So
+no config changes, masks are the model's own, and a model without a prefix gets what it got before.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, wraps
 from inspect import Parameter, signature
 from typing import Any
 
@@ -40,7 +40,12 @@ except ImportError:  # its name before transformers 5.0
 AttentionFunction = Callable[..., tuple[torch.Tensor, Any]]
 
 VERSION: str = transformers.__version__
-MARK = "prefixkit_"
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+"""The registry of attention functions, under the name by which models import it."""
+EAGER = "eager_attention_forward"
+"""How the names end of the eager attention functions, which are in no registry but beside a model's classes."""
+STANDS_BEFORE = "prefixkit_stands_before"
+"""The attribute that marks an attention function as ours."""
 HELD = "prefixkit_identity"
 """The attribute of a cache that says which prefix is in it."""
 WRAPPABLE = ("eager", "sdpa", "flex_attention")
@@ -49,33 +54,27 @@ WRAPPABLE = ("eager", "sdpa", "flex_attention")
 
 def config_of(module: nn.Module) -> PreTrainedConfig:
     """The config that ``module`` reads its settings from."""
-    config = getattr(module, "config", None)
-    if not isinstance(config, PreTrainedConfig):
+    if not has_config(module):
         raise EngineError(
             f"{type(module).__name__} has no transformers config, so it is no attention or stack that takes a prefix; "
             "an adapter names the module that calls the attention function"
         )
+    config: PreTrainedConfig = module.config  # type: ignore[assignment]
     return config
 
 
-def wrap_implementation(config: PreTrainedConfig, make: Callable[[str], AttentionFunction]) -> None:
-    """Point ``config`` at the wrapped form of its attention implementation, if it is not there yet.
-
-    Raises:
-        EngineError: If the implementation cannot be wrapped.
-    """
-    name = check_wrappable(config)
-    register_implementation(name, make)
-    config._attn_implementation_internal = MARK + name
+def has_config(module: nn.Module) -> bool:
+    """Whether ``module`` has a transformers config of its own."""
+    return isinstance(getattr(module, "config", None), PreTrainedConfig)
 
 
 def check_wrappable(config: PreTrainedConfig) -> str:
-    """The name of the attention implementation of ``config``, without our mark.
+    """The name of the attention implementation of ``config``.
 
     Raises:
         EngineError: If it cannot be wrapped.
     """
-    name = attention_implementation_of(config).removeprefix(MARK)
+    name = attention_implementation_of(config)
     if name not in WRAPPABLE:
         raise EngineError(
             f"the attention engine cannot wrap the attention implementation {name!r}; possible: "
@@ -85,47 +84,55 @@ def check_wrappable(config: PreTrainedConfig) -> str:
 
 
 def attention_implementation_of(config: PreTrainedConfig) -> str:
-    """The name of the attention implementation that ``config`` asks for, wrapped or not."""
+    """The name of the attention implementation that ``config`` asks for."""
     return str(config._attn_implementation)
 
 
-def unwrap_implementation(config: PreTrainedConfig) -> None:
-    """Undo :func:`wrap_implementation`."""
-    name = attention_implementation_of(config)
-    if name.startswith(MARK):
-        config._attn_implementation_internal = name.removeprefix(MARK)
+def stand_before_attention(home: str, make: Callable[[str, AttentionFunction], AttentionFunction]) -> None:
+    """Put ``make(name, function)`` in the place of every attention function that the file ``home`` calls.
 
-
-def register_implementation(name: str, make: Callable[[str], AttentionFunction], masks: str | None = None) -> None:
-    """Make ``prefixkit_<name>``, with the masks of ``masks`` or ``name``, known to transformers. Safe to repeat."""
-    if MARK + name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(MARK + name, make(name))
-        AttentionMaskInterface.register(MARK + name, ALL_MASK_ATTENTION_FUNCTIONS[masks or name])
-
-
-def original_attention(name: str, module: nn.Module) -> AttentionFunction:
-    """The function that implementation ``name`` would have called for ``module``.
-
-    ``eager`` is in no registry: it is the function of that name beside the module's class.
+    What stands there afterwards hands on the calls of every module that is no site, so it may stay. A name
+    of our own in the config would not do: some models ask for the name before they make a mask.
+    Safe to repeat.
     """
-    if name != "eager":
-        function: AttentionFunction = ALL_ATTENTION_FUNCTIONS[name]
-        return function
-    for cls in type(module).__mro__:
-        beside: AttentionFunction | None = getattr(sys.modules[cls.__module__], "eager_attention_forward", None)
-        if beside is not None:
-            return beside
-    raise EngineError(f"{type(module).__name__} has no eager attention function that could be wrapped")
+    file: Any = importlib.import_module(home)
+    interface = getattr(file, INTERFACE, None)
+    if interface is None:
+        return
+    for name, function in list(vars(file).items()):
+        if name.endswith(EAGER) and not hasattr(function, STANDS_BEFORE):
+            setattr(file, name, _standing_before(make, "eager", function))
+    for name in WRAPPABLE[1:]:
+        if name in interface and not hasattr(interface[name], STANDS_BEFORE):
+            function = _standing_before(make, name, interface[name])
+            if name in getattr(interface, "_local_mapping", {}):
+                interface[name] = function
+            else:
+                AttentionInterface.register(name, function)
+
+
+def _standing_before(
+    make: Callable[[str, AttentionFunction], AttentionFunction], name: str, function: AttentionFunction
+) -> AttentionFunction:
+    made = wraps(function)(make(name, function))
+    setattr(made, STANDS_BEFORE, True)
+    return made
+
+
+def homes_of(module: nn.Module) -> list[str]:
+    """The files whose attention functions ``module`` may call: those its classes are written in."""
+    homes = (cls.__module__ for cls in type(module).__mro__)
+    return [home for home in homes if hasattr(sys.modules.get(home), INTERFACE)]
 
 
 def is_on_interface(module: nn.Module) -> bool:
     """Whether the attention of ``module`` is written for transformers' attention interface."""
-    return any(hasattr(sys.modules[cls.__module__], "ALL_ATTENTION_FUNCTIONS") for cls in type(module).__mro__)
+    return bool(homes_of(module))
 
 
 Seer = Callable[[nn.Module, tuple[Any, Any, Any, Any], dict[str, Any]], None]
 _seer: ContextVar[Seer | None] = ContextVar("prefixkit_seer", default=None)
-WATCHED = MARK + "watched"
+WATCHED = "prefixkit_watched"
 
 
 @contextmanager
@@ -134,7 +141,8 @@ def attention_seen_by(model: nn.Module, see: Seer) -> Iterator[None]:
 
     Attention and masks are the eager ones there, so that every mask can be looked at.
     """
-    register_implementation("watched", lambda _: _watched_attention, masks="eager")
+    AttentionInterface.register(WATCHED, _watched_attention)
+    AttentionMaskInterface.register(WATCHED, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     configs = {id(config): config for module in model.modules() for config in _configs_of(module)}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
     token = _seer.set(see)
@@ -163,10 +171,8 @@ def _watched_attention(
     see = _seer.get()
     if see is not None:
         see(module, (query, key, value, attention_mask), options)
-    try:
-        function = original_attention("eager", module)
-    except EngineError:  # some models have none of their own
-        function = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    homes = (sys.modules[home] for home in homes_of(module))
+    function = next((getattr(home, EAGER) for home in homes if hasattr(home, EAGER)), ALL_ATTENTION_FUNCTIONS["sdpa"])
     return function(module, query, key, value, attention_mask, **options)
 
 

@@ -223,6 +223,6 @@ def test_attention_off_the_interface_is_refused_before_the_first_forward(monkeyp
         prefixkit.apply(model, num_virtual_tokens=4, engine="attention")
     assert_same(before, state(model))
     prefixkit.apply(model, num_virtual_tokens=4)
+    enable_checkpointing(model.train())
     with pytest.raises(EngineError, match="gradient checkpointing"):
-        enable_checkpointing(model.train())
         model(torch.tensor([[3, 4]]))

@@ -69,7 +69,8 @@ def test_a_type_whose_own_plugin_failed_is_not_served_by_another_way(plugin):
         lambda: [plugin("one", GOOD.format(types=("one",))), plugin("x", "raise ValueError('no luck')")]
     )
     assert unknown(registry, "x") == (
-        "the plugin for model type 'x' failed to load: dist-x: ValueError: no luck; mend or uninstall it, or pass adapter="
+        "the plugin for model type 'x' failed to load: dist-x: ValueError: no luck; mend or uninstall it, or pass "
+        "adapter="
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn.modules.module import _IncompatibleKeys
 from wrong.right import GPT2, Bart, Llama
 
-from prefixkit import assembly, attachment, checkpoint_files, lifecycle, transformers_internals as internals
+from prefixkit import assembly, attachment, checkpoint_files, lifecycle
 from prefixkit.attention_engine import AttentionEngine
 from prefixkit.instance_calls import LoadStateDict
 from prefixkit.prefix_encoder import PrefixEncoder, flat_encoder
@@ -170,12 +170,17 @@ class TestRemoveLeavesTheBaseFrozen(GPT2):
 
 
 class TestRemoveLeavesTheImplementation(Llama):
-    """The config still names the wrapped attention."""
+    """The config names another attention than before."""
 
     caught_by = (DISABLED,)
 
     def plant(self, monkeypatch):
-        monkeypatch.setattr(internals, "unwrap_implementation", lambda config: None)
+        def attach(self, model, attachment):
+            original(self, model, attachment)
+            model.config._attn_implementation_internal = "eager"
+
+        original = AttentionEngine.attach
+        monkeypatch.setattr(AttentionEngine, "attach", attach)
 
 
 class TestRemoveLeavesTheSubmodule(GPT2):
