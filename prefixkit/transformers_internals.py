@@ -325,6 +325,11 @@ def layer_holds(layer: Any, key: torch.Tensor, value: torch.Tensor) -> bool:
     return all(isinstance(kept, torch.Tensor) and torch.equal(kept, given) for kept, given in pairs)
 
 
+def layer_slides(layer: Any) -> bool:
+    """Whether a layer of a native cache forgets old keys."""
+    return bool(getattr(layer, "is_sliding", False))
+
+
 def set_not_updated(cache: Cache, layers: range) -> None:
     """Have the decoder append the encoder's states to a filled cross cache, not skip them."""
     if isinstance(cache, EncoderDecoderCache):

@@ -113,7 +113,6 @@ class TestLlamaBeside(LlamaLike):
         for test, parameters in (
             ("test_compiled_forward", {"engine": "attention"}),
             ("test_compiled_static_cache", {"engine": "attention"}),
-            ("test_compiled_training_step", {}),
         )
     )
 

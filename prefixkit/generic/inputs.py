@@ -18,6 +18,11 @@ TOKENS = 3
 TARGETS = 2
 """Tokens of a decoder's text where there is an encoder: fewer than the encoder's states."""
 
+FRAMES = 64
+"""Frames of features."""
+SAMPLES = 4000
+"""Samples of a sound: a quarter of a second."""
+
 Inputs = Mapping[str, Any]
 
 
@@ -33,8 +38,7 @@ def candidates(model: PreTrainedModel, targets: int = TARGETS) -> Iterator[Input
     decoder: dict[str, Any] = {}
     if "decoder_input_ids" in takes:
         decoder["decoder_input_ids"] = _ids(model, targets)
-    makers = {**_MAKERS, main: _MAKERS.get(main, _text)} if main in takes else _MAKERS
-    for value in makers[main](model) if main in makers else ():
+    for value in _MAKERS[main](model) if main in _MAKERS else ():
         yield {main: value, **decoder}
     if main != "input_ids" and "input_ids" in takes:
         yield {"input_ids": _ids(model, TOKENS), **decoder}
@@ -66,34 +70,40 @@ def _ids(model: PreTrainedModel, tokens: int) -> torch.Tensor:
 
 
 def _text(model: PreTrainedModel) -> Iterator[torch.Tensor]:
-    yield _ids(model, TOKENS)
-    yield _ids(model, TOKENS)[None]  # of a multiple-choice model: (batch, choices, tokens)
+    ids = _ids(model, TOKENS)
+    yield ids
+    yield ids[None]  # of a multiple-choice model: (batch, choices, tokens)
+    for books in _settings(model, "num_codebooks"):
+        yield ids.expand(books, -1)
 
 
 def _images(model: PreTrainedModel) -> Iterator[torch.Tensor]:
-    config = _sub_config(model, "vision_config", "encoder")
-    size = getattr(config, "image_size", None) or 224
+    size = next(_settings(model, "image_size"), 224)
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    yield _noise(model, 1, getattr(config, "num_channels", 3), height, width)
+    yield _noise(model, 1, next(_settings(model, "num_channels"), 3), height, width)
 
 
 def _features(model: PreTrainedModel) -> Iterator[torch.Tensor]:
     """A spectrogram, with as many frames as the encoder has positions for, or features frame by frame."""
-    config = _sub_config(model, "audio_config", "encoder")
-    bins = getattr(config, "num_mel_bins", None)
-    if bins and getattr(config, "max_source_positions", None):
-        yield _noise(model, 1, bins, 2 * config.max_source_positions)
-    names = ("feature_projection_input_dim", "input_feat_per_channel", "input_dim", "num_mel_bins")
-    for size in (getattr(config, name, None) for name in names):
-        if size:
-            yield _noise(model, 1, 64, size)
+    for bins in _settings(model, "num_mel_bins"):
+        for frames in _settings(model, "max_source_positions"):
+            yield _noise(model, 1, bins, 2 * frames)
+    for name in ("feature_projection_input_dim", "input_feat_per_channel", "input_dim", "num_mel_bins"):
+        for size in _settings(model, name):
+            yield _noise(model, 1, FRAMES, size)
 
 
 def _sound(model: PreTrainedModel) -> Iterator[torch.Tensor]:
-    config = model.config
-    if getattr(config, "num_mel_bins", None) and getattr(config, "max_length", None):
-        yield _noise(model, 1, config.max_length, config.num_mel_bins)
-    yield _noise(model, 1, 4000)
+    for bins in _settings(model, "num_mel_bins"):
+        for length in _settings(model, "max_length"):
+            yield _noise(model, 1, length, bins)
+    yield _noise(model, 1, SAMPLES)
+
+
+def _anything(model: PreTrainedModel) -> Iterator[torch.Tensor]:
+    """For a main input that has no name of its own."""
+    for make in (_text, _images, _sound):
+        yield from make(model)
 
 
 _MAKERS = {
@@ -101,13 +111,17 @@ _MAKERS = {
     "pixel_values": _images,
     "input_features": _features,
     "input_values": _sound,
+    "inputs": _anything,
 }
 
 
-def _sub_config(model: PreTrainedModel, *names: str) -> Any:
-    """The config of a part, or the model's own."""
-    found = (getattr(model.config, name, None) for name in names)
-    return next((config for config in found if config is not None), model.config)
+def _settings(model: PreTrainedModel, name: str) -> Iterator[Any]:
+    """What the config, or that of a part, says under ``name``."""
+    parts = (getattr(model.config, part, None) for part in getattr(model.config, "sub_configs", {}))
+    for config in (*parts, model.config):
+        value = getattr(config, name, None)
+        if value:
+            yield value
 
 
 def _noise(model: PreTrainedModel, *shape: int) -> torch.Tensor:

@@ -24,6 +24,8 @@ FIRST_ROWS = 8
 def positions_of(model: PreTrainedModel, inputs: Mapping[str, Any], stack: Stack) -> Positions | None:
     """Position ids, a table, or ``None`` where positions cannot be moved from outside."""
     module = model.get_submodule(stack.path)
+    if any("compress" in str(kind) for kind in getattr(model.config.get_text_config(), "layer_types", None) or ()):
+        return None  # blocks are counted from position 0, and tokens moved past them would see later ones
     before = watch(model, inputs, {stack.path: dict})
     if "position_ids" in signature(module.forward).parameters:
         return _position_ids(model, inputs, stack, before)

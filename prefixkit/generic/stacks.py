@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from prefixkit import transformers_internals as internals
@@ -89,7 +91,7 @@ def _first_run(model: PreTrainedModel, inputs: Inputs | None) -> tuple[Inputs, W
 
 def _cross_looks_like_self(watched: Watched) -> bool:
     """Whether an encoder's states are as many as the decoder's tokens, so that the two cannot be told apart."""
-    return bool(watched.calls) and len({call.query.shape[2] for call in watched.calls}) == 1
+    return bool(watched.calls) and all(call.key.shape[2] == call.query.shape[2] for call in watched.calls)
 
 
 def _check_call(model: PreTrainedModel, call: AttentionCall) -> None:
@@ -102,13 +104,17 @@ def _check_call(model: PreTrainedModel, call: AttentionCall) -> None:
 
 
 def _groups(model: nn.Module, watched: Watched) -> dict[str, list[AttentionCall]]:
-    """The first attention call of every turn of every module, by the module that runs its layers."""
+    """The attention calls in order, by the module that runs their layers.
+
+    A module that attends to other keys again within one call of its own (an image in chunks) counts once.
+    """
     groups: dict[str, list[AttentionCall]] = {}
-    seen: set[tuple[str, int]] = set()
+    last: dict[str, AttentionCall] = {}
     for call in watched.calls:
-        if (call.path, call.turn) not in seen:
-            seen.add((call.path, call.turn))
+        before = last.get(call.path)
+        if before is None or before.turn != call.turn or torch.equal(before.key, call.key):
             groups.setdefault(_base(model, call.path, watched), []).append(call)
+        last[call.path] = call
     return groups
 
 
@@ -142,11 +148,24 @@ def _stack(
             key_dim=call.key.shape[3],
             value_dim=call.value.shape[3],
             window=_window(model.get_submodule(call.path), call),
-            turn=call.turn if watched.turns[call.path] > watched.turns.get(path, 1) else 0,
+            turn=turn,
         )
-        for call in calls
+        for call, turn in _first_turns(calls, watched.turns.get(path, 1))
     )
     return Stack(name="decoder" if decodes else "encoder", path=path, positions=None, sites=sites)
+
+
+def _first_turns(calls: Sequence[AttentionCall], runs: int) -> Iterator[tuple[AttentionCall, int]]:
+    """The calls of the stack's first run, each with its number among those of its module.
+
+    A stack that runs again has its prefix again.
+    """
+    every = Counter(call.path for call in calls)
+    turns: Counter[str] = Counter()
+    for call in calls:
+        if turns[call.path] < max(1, every[call.path] // runs):
+            yield call, turns[call.path]
+        turns[call.path] += 1
 
 
 def _stack_path(model: nn.Module, base: str, others: Sequence[str]) -> str:
@@ -171,6 +190,11 @@ def _kind(call: AttentionCall) -> str:
 def _is_causal(mask: Any) -> bool:
     """Whether an eager mask hides later tokens from earlier ones."""
     return mask is not None and mask.shape[-2] > 1 and bool((mask[..., 0, 1:] < 0).any())
+
+
+def _chooses_keys(mask: Any) -> bool:
+    """Whether every head has a mask of its own, made from the keys: a prefix in the cache would take part in it."""
+    return mask is not None and mask.shape[1] > 1
 
 
 def _window(module: nn.Module, call: AttentionCall) -> int | None:
@@ -228,10 +252,14 @@ def _keeps(watched: Watched, stack: Stack) -> bool:
     if cache is None:
         return False
     calls = {call.path: call for call in watched.calls}
+    if any(_chooses_keys(calls[site.path].mask) for site in stack.sites):
+        return False
     own, cross = internals.self_and_cross(cache)
-    own_layers = {site.layer for site in stack.sites if site.stack == "decoder"}
-    if own_layers != set(range(len(own.layers))):
+    own_sites = {site.layer: site for site in stack.sites if site.stack == "decoder"}
+    if set(own_sites) != set(range(len(own.layers))):
         return False  # other layers keep a state of another kind
+    if any(internals.layer_slides(layer) and own_sites[i].window is None for i, layer in enumerate(own.layers)):
+        return False  # chunks, or a window that only the mask knows of
     layers = {"decoder": own.layers, "cross": cross.layers if cross is not None else []}
     return all(
         site.layer < len(layers[site.stack])
