@@ -309,7 +309,8 @@ def swap_head(model: nn.Module, attachment: Attachment) -> None:
 
 def _add_hooks(model: PreTrainedModel, attachment: Attachment) -> None:
     handles = attachment.handles
-    if sum(bool(stack.sites) for stack in attachment.stacks) > 1 and internals.takes_any_keyword(model):
+    handed = internals.takes_any_keyword(model) and all(stack.hands_down for stack in attachment.stacks)
+    if sum(bool(stack.sites) for stack in attachment.stacks) > 1 and handed:
         handles.append(model.register_forward_pre_hook(BeforeModel(attachment), with_kwargs=True))
     for stack in attachment.stacks:
         module = model.get_submodule(stack.path)

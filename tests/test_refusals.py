@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bert_adapter
 import pytest
 import tiny
 import torch
+import transformers
+from packaging.version import Version
 from transformers import DynamicCache, EncoderDecoderCache
 
 import prefixkit
@@ -164,3 +167,26 @@ def test_decoder_deeper_than_encoder():
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     found = model.generate(ids, past_key_values=cache, **settings)
     assert torch.equal(found, model.generate(ids, use_cache=False, **settings))
+
+
+@pytest.mark.parametrize("engine", ["auto", "attention"])
+def test_attention_off_the_interface(engine):
+    """BERT before transformers 5.0, T5 before 5.15: nothing of the prefix would reach the encoder."""
+    for name, since in (("bert", "5.0"), ("t5", "5.15")):
+        if Version(transformers.__version__) >= Version(since):
+            continue
+        model = tiny.make(name)
+        adapter = bert_adapter.ADAPTER if name == "bert" else None
+        message = (
+            rf"does not go through transformers' attention interface \(in transformers {transformers.__version__}\)"
+        )
+        with pytest.raises(prefixkit.EngineError, match=message):
+            prefixkit.apply(model, num_virtual_tokens=TOKENS, engine=engine, adapter=adapter)
+
+
+def test_engine_of_a_decoder_off_the_interface():
+    """The cache engine serves T5's decoder and cross-attention in every version."""
+    model = tiny.make("t5")
+    prefixkit.apply(model, num_virtual_tokens=TOKENS, stacks=("decoder", "cross"))
+    old = Version(transformers.__version__) < Version("5.15")
+    assert model._prefixkit.engine.name == ("cache" if old else "attention")

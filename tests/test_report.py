@@ -235,7 +235,7 @@ def conformance_classes():
     found, of_kit = [], {"Conformance"}
     for file in [*ROOT.glob("plugins/*/tests/*.py"), *ROOT.glob("tests/*.py")]:
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        for node in tree.body:
+        for node in (part for outer in tree.body for part in (outer.body if isinstance(outer, ast.If) else [outer])):
             if ast.unparse(node) == "pytestmark = pytest.mark.gpu":
                 break
             if isinstance(node, ast.ClassDef) and of_kit & {ast.unparse(base) for base in node.bases}:

@@ -21,6 +21,7 @@ from prefixkit.testing.subject import Subject
 from prefixkit.testing.training import Training
 from prefixkit.testing.traits import Traits, concerns, traits_of
 from prefixkit.testing.with_trainer import WithTrainer
+from prefixkit.transformers_internals import VERSION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,6 +89,11 @@ class Conformance(Sites, Numbers, Attention, Training, Generation, WithTrainer, 
         subject = Subject(cls.adapter, cls().make_model, device)
         _check_outputs(cls.__name__, subject)
         subject.traits = traits_of(subject, accelerated=torch.device(cls.device).type != "cpu")
+        if not subject.traits.engines:
+            raise TypeError(
+                f"{cls.__name__}.make_model gives a model that no engine can serve with transformers {VERSION}: it has "
+                "no cache, and its attention does not go through transformers' attention interface"
+            )
         return subject
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
