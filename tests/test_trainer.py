@@ -9,6 +9,7 @@ import torch
 from transformers import GPT2ForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 import prefixkit
+from prefixkit.testing.with_trainer import checkpointing_kwargs
 
 # Trainer's own habits, not ours to mend.
 pytestmark = [
@@ -69,7 +70,7 @@ def prefix_of(model):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("method", ["p-tuning-v2", "prefix-tuning"])
 def test_resume_ends_where_an_uninterrupted_run_ends(method, checkpointing, tmp_path):
-    options = {CHECKPOINTING: checkpointing}
+    options = {CHECKPOINTING: checkpointing, f"{CHECKPOINTING}_kwargs": checkpointing_kwargs()}
     whole = fresh(method)
     start = prefix_of(whole)
     trainer(whole, tmp_path / "whole", **options).train()

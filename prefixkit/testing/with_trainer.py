@@ -135,7 +135,7 @@ def _trainer(
         "disable_tqdm": True,
         "logging_strategy": "no",
         switch: checkpointing,
-        f"{switch}_kwargs": _checkpointing_kwargs(),
+        f"{switch}_kwargs": checkpointing_kwargs(),
         **changes,
     }
     rows = _rows(subject, model)
@@ -148,7 +148,7 @@ def _trainer(
     )
 
 
-def _checkpointing_kwargs() -> dict[str, Any] | None:
+def checkpointing_kwargs() -> dict[str, Any] | None:
     """Before 5.0 transformers checkpoints the reentrant way if nothing is said."""
     return {"use_reentrant": False} if Version(transformers.__version__) < Version("5.0") else None
 
