@@ -31,6 +31,8 @@ FLEX_CACHE = "transformers 4 gives BART with a cache a block mask of the wrong s
 FLEX_CACHE_TESTS = (
     ("test_attention_implementations_agree", {"engine": "cache"}),
     ("test_padding_is_not_seen", {"engine": "cache", "attention": "flex_attention"}),
+    ("test_a_later_token_changes_no_earlier_output", {"engine": "cache", "attention": "flex_attention"}),
+    ("test_prefix_of_a_text_is_that_text_as_a_prompt", {"engine": "cache", "attention": "flex_attention"}),
 )
 
 
