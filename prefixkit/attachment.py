@@ -218,12 +218,15 @@ class BeforeStack:
 class AfterStack:
     """Forward hook of a stack: lets the engine act on the output."""
 
-    def __init__(self, attachment: Attachment) -> None:
+    def __init__(self, attachment: Attachment, stack: Stack) -> None:
         self.attachment = attachment
+        self.stack = stack
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The output, as the caller would see it without a prefix."""
-        return self.attachment.engine.after(module, kwargs, output) if self.attachment.enabled else output
+        if not self.attachment.enabled:
+            return output
+        return self.attachment.engine.after(module, self.stack, kwargs, self.attachment, output)
 
 
 class LeaveStack:
@@ -317,7 +320,7 @@ def _add_hooks(model: PreTrainedModel, attachment: Attachment) -> None:
         before = BeforeStack(attachment, stack, tuple(signature(module.forward).parameters))
         # Last of the pre-hooks: what others add to the arguments is there already.
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(AfterStack(attachment), with_kwargs=True, prepend=True))
+        handles.append(module.register_forward_hook(AfterStack(attachment, stack), with_kwargs=True, prepend=True))
         if not hands_down(module, stack):
             handles.append(module.register_forward_hook(LeaveStack(attachment, stack), always_call=True))
         for site in stack.sites[:1]:

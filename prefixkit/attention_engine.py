@@ -27,6 +27,7 @@ from prefixkit.prefix_state import (
     PrefixState,
     SiteMark,
     find_state,
+    look_beside,
     put_before,
     put_beside,
     take_away,
@@ -127,8 +128,22 @@ class AttentionEngine:
         """The stack's arguments while the prefix is disabled."""
         return self._send(module, stack, arguments, attachment, OFF)
 
-    def after(self, module: nn.Module, arguments: dict[str, Any], output: Any) -> Any:
-        """The stack's output, unchanged."""
+    def after(
+        self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Attachment, output: Any
+    ) -> Any:
+        """The stack's output, unchanged.
+
+        Raises:
+            EngineError: If none of its attention has asked for the prefix.
+        """
+        # In training every layer may have been dropped; and a compiled graph notes nothing.
+        if not module.training and stack.sites and not torch.compiler.is_compiling():
+            state = arguments.get(STATE) or look_beside(attachment.state_key(stack))
+            if state is not None and not state.reached:
+                raise EngineError(
+                    f"no attention of the stack {stack.path!r} asked for its prefix: its adapter names modules that do "
+                    "not call transformers' attention function"
+                )
         return output
 
     @staticmethod

@@ -89,7 +89,9 @@ class CacheEngine:
         """The stack's arguments while the prefix is disabled, unchanged."""
         return arguments
 
-    def after(self, module: nn.Module, arguments: dict[str, Any], output: Any) -> Any:
+    def after(
+        self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Attachment, output: Any
+    ) -> Any:
         """The stack's output, without the cache that we, not the caller, asked for."""
         asked = arguments.get("use_cache")
         if getattr(internals.config_of(module), "use_cache", True) if asked is None else asked:

@@ -46,6 +46,7 @@ class PrefixState:
         dropout: Share of the prefix's numbers dropped in training.
         bias: Relative-position bias of the prefix's columns, ``(batch or 1, heads, queries, P)``;
             ``None`` stands for zeros.
+        reached: Whether any attention has asked for it.
         turns: How often each module that several layers share has called its attention so far, by path.
     """
 
@@ -55,6 +56,7 @@ class PrefixState:
     slide: bool
     dropout: float
     bias: torch.Tensor | None = None
+    reached: bool = False
     turns: dict[str, int] = field(default_factory=dict)
     _causal: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     _block_masks: list[tuple[Any, int | None, Any]] = field(default_factory=list)
@@ -133,7 +135,8 @@ def take_away(stack: str) -> None:
 
 
 @_never_compiled
-def _look_beside(stack: str) -> PrefixState | None:
+def look_beside(stack: str) -> PrefixState | None:
+    """The state of a stack that is running, if it travels beside the call."""
     return _beside.get().get(stack)
 
 
@@ -184,7 +187,7 @@ def find_state(module: nn.Module, arguments: dict[str, Any]) -> tuple[Site, Pref
     if mark is None or state is OFF:
         return None
     if state is None:
-        state = _look_beside(mark.stack)
+        state = look_beside(mark.stack)
     if state is OFF:
         return None
     if state is None:
@@ -192,6 +195,7 @@ def find_state(module: nn.Module, arguments: dict[str, Any]) -> tuple[Site, Pref
             f"the prefix did not reach {mark.sites[0].path!r}: its stack was not called as a module, or does "
             "not hand keyword arguments down to its attention (an adapter says so with hands_down=False)"
         )
+    state.reached = True
     return mark.site(state), state
 
 

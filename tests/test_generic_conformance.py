@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import prefixkit
 from architectures.tiny_models import build
-from prefixkit.testing import Conformance, Deviation
+
+import prefixkit
+from prefixkit.testing import Conformance
 
 
 class Generic(Conformance):

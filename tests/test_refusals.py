@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import bert_adapter
+import prefixkit_llama
 import pytest
 import tiny
 import torch
@@ -190,3 +193,19 @@ def test_engine_of_a_decoder_off_the_interface():
     prefixkit.apply(model, num_virtual_tokens=TOKENS, stacks=("decoder", "cross"))
     old = Version(transformers.__version__) < Version("5.15")
     assert model._prefixkit.engine.name == ("cache" if old else "attention")
+
+
+def test_sites_that_never_call_attention_are_refused_at_the_first_call():
+    right = next(prefixkit_llama.prefixkit_adapters())
+
+    def stacks(model):
+        for stack in right.stacks(model):
+            wrong = (replace(site, path=site.path.replace("self_attn", "mlp")) for site in stack.sites)
+            yield replace(stack, sites=tuple(wrong))
+
+    model = tiny.make("llama").eval()
+    prefixkit.apply(model, num_virtual_tokens=4, adapter=replace(right, stacks=stacks))
+    with pytest.raises(
+        prefixkit.EngineError, match="^no attention of the stack 'model' asked for its prefix: its adapter names"
+    ):
+        model(torch.tensor([[3, 4, 5]]))

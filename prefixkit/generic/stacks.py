@@ -188,8 +188,8 @@ def _kind(call: AttentionCall) -> str:
 
 
 def _is_causal(mask: Any) -> bool:
-    """Whether an eager mask hides later tokens from earlier ones."""
-    return mask is not None and mask.shape[-2] > 1 and bool((mask[..., 0, 1:] < 0).any())
+    """Whether an eager mask hides all later tokens from the first one (a window to both sides hides some)."""
+    return mask is not None and mask.shape[-2] > 1 and bool((mask[..., 0, 1:] < 0).all())
 
 
 def _chooses_keys(mask: Any) -> bool:

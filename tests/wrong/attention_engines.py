@@ -670,7 +670,7 @@ class TestStateGoneAfterTheCall(Bert):
     caught_by = (CHECKPOINTING,)
 
     def plant(self, monkeypatch):
-        def after(self, module, arguments, output):
+        def after(self, module, stack, arguments, attachment, output):
             pieces = arguments[STATE].pieces
             for path, (key, value) in pieces.items():
                 pieces[path] = KeyValue(torch.zeros_like(key), torch.zeros_like(value))
