@@ -47,6 +47,13 @@ def conformance(session: nox.Session) -> None:
 
 
 @nox.session
+def architectures(session: nox.Session) -> None:
+    """The sweep over every model type of transformers, and its page of the documentation."""
+    page = ("--page", "docs/reference/architectures.md")
+    session.run("python", "tests/architectures/sweep.py", *(session.posargs or page))
+
+
+@nox.session
 def gpu(session: nox.Session) -> None:
     """The tests that need a GPU."""
     session.run("pytest", "-m", "gpu", *session.posargs)

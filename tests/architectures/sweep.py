@@ -26,6 +26,7 @@ import transformers
 
 import prefixkit
 from architectures import checks
+from architectures.page import page
 from architectures.tiny_models import KINDS, CannotBuild, TinyModel, build, model_types
 
 
@@ -147,10 +148,13 @@ def main() -> None:
     parser.add_argument("--type", help="one model type only")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the outcomes there")
+    parser.add_argument("--page", type=Path, help="write them there as a page of the documentation")
     options = parser.parse_args()
     outcomes = sweep(options.kind or KINDS, options.type, options.processes)
     if options.json:
         options.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
+    if options.page:
+        options.page.write_text(page(outcomes), encoding="utf-8")
     for kind in options.kind or KINDS:
         of_kind = [outcome for outcome in outcomes if outcome.kind == kind]
         print(f"{kind}: {sum(outcome.passed for outcome in of_kind)} of {len(of_kind)} pass")
