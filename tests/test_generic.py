@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from dataclasses import replace
 
 import bert_adapter
 import pytest
 import tiny
 import torch
+from accelerate import cpu_offload
 from architectures.tiny_models import build
 from test_checkpoint import assert_same, state
 from torch import nn
@@ -238,3 +240,32 @@ def test_compressed_blocks_see_no_later_token():
     other[0, -1] = 9
     with torch.no_grad():
         assert torch.allclose(model(ids).logits[:, :-1], model(other).logits[:, :-1], atol=1e-5)
+
+
+def test_a_quantized_model_is_watched():
+    model = tiny.MAKERS["llama"]().eval()
+    expected = watched_stacks(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert watched_stacks(quantized) == expected
+    prefixkit.apply(quantized, num_virtual_tokens=4, adapter=GENERIC)
+    strengthen(quantized)
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        with_prefix = quantized(ids).logits
+        with prefixkit.disabled(quantized):
+            assert not torch.allclose(quantized(ids).logits, with_prefix)
+
+
+def test_a_dispatched_model_is_watched():
+    model = tiny.MAKERS["llama"]()
+    expected = watched_stacks(model)
+    cpu_offload(model, execution_device="cpu", offload_buffers=False)
+    assert watched_stacks(model) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_model_is_watched(dtype):
+    for name in ("llama", "bart"):
+        assert watched_stacks(tiny.MAKERS[name]().to(dtype)) == watched_stacks(tiny.MAKERS[name]())

@@ -91,7 +91,7 @@ def _first_run(model: PreTrainedModel, inputs: Inputs | None) -> tuple[Inputs, W
 
 def _cross_looks_like_self(watched: Watched) -> bool:
     """Whether an encoder's states are as many as the decoder's tokens, so that the two cannot be told apart."""
-    return bool(watched.calls) and all(call.key.shape[2] == call.query.shape[2] for call in watched.calls)
+    return bool(watched.calls) and not any(map(_crosses, watched.calls))
 
 
 def _check_call(model: PreTrainedModel, call: AttentionCall) -> None:
@@ -137,12 +137,12 @@ def _stack(
     others = [other for other in groups if other != base]
     path = _stack_path(model, base, others)
     takes = signature(model.get_submodule(path).forward).parameters
-    crosses = len(groups) > 1 and any(call.key.shape[2] != call.query.shape[2] for call in calls)
+    crosses = len(groups) > 1 and any(map(_crosses, calls))
     decodes = crosses or ("past_key_values" in takes and any(_is_causal(call.mask) for call in calls))
     sites = tuple(
         Site(
             path=call.path,
-            stack=_kind(call) if decodes else "encoder",
+            stack="cross" if crosses and _crosses(call) else "decoder" if decodes else "encoder",
             layer=0,
             kv_heads=call.key.shape[1],
             key_dim=call.key.shape[3],
@@ -183,8 +183,9 @@ def _stack_path(model: nn.Module, base: str, others: Sequence[str]) -> str:
     return base
 
 
-def _kind(call: AttentionCall) -> str:
-    return "decoder" if call.key.shape[2] == call.query.shape[2] else "cross"
+def _crosses(call: AttentionCall) -> bool:
+    """Whether it attends to other tokens than those that ask."""
+    return call.key.shape[2] != call.query.shape[2]
 
 
 def _is_causal(mask: Any) -> bool:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 HEAD = """# Architectures
 
-Made by `nox -s architectures` with transformers {transformers} and torch {torch}: every model type that the auto classes of transformers list, built tiny and random from its config class, gets a prefix and goes through the core checks of the conformance kit.
+Made by `nox -s architectures` with transformers {transformers} and torch {torch}.
+Every model type that the auto classes of transformers list is built tiny and random from its config class, gets a
+prefix, and goes through the core checks of the conformance kit.
 
 | kind | listed | pass |
 |---|---|---|
@@ -25,10 +27,13 @@ What is checked, of every model:
 - disabled, and removed, the model gives the base's outputs to the last bit, and not before;
 - a row of a batch equals the row alone.
 
-Of those that generate: the logits of every generated token are those of one forward over the whole text without a cache, and where both engines can serve the model they give the same outputs.
-Of language models and text encoders: a prefix of a prompt's own keys and values gives the outputs of prompt and text read together, where nothing but attention passes on what the prompt said, and where positions can be moved.
+Of those that generate: the logits of every generated token are those of one forward over the whole text without a
+cache, and where both engines can serve the model they give the same outputs.
+Of language models and text encoders: a prefix of a prompt's own keys and values gives the outputs of prompt and text
+read together, where nothing but attention passes on what the prompt said, and where positions can be moved.
 
-The architectures of the plugins, and some more, pass the [whole kit](conformance.md). [Engines and limits](engines.md) says what each engine refuses.
+The architectures of the plugins, and some more, pass the [whole kit](conformance.md).
+[Engines and limits](engines.md) says what each engine refuses.
 """
 
 KINDS = {
