@@ -79,10 +79,12 @@ class PositionIds:
             ``None`` where there is no table (rotary).
         offset: The id of position 0: not 0 where ids are rows of a table whose first rows are
             reserved and the caller has to count them. Rows that the model adds by itself do not count.
+        prefix_bias: As in :class:`RelativeBias`, where positions enter as a bias on the scores as well.
     """
 
     limit: int | None = None
     offset: int = 0
+    prefix_bias: Callable[[nn.Module, torch.Tensor, int], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +137,9 @@ class Stack:
             attention. Where it does not, the prefix travels beside the call. A ``forward`` without
             ``**kwargs`` hands nothing down, and need not be said to.
         site_forward: For attention that does not go through transformers' attention interface: stands
-            in for the ``forward`` of every site's module, called as ``site_forward(module, ...)`` with
-            its arguments. It computes the same, with :func:`prefixkit.in_front` between the
-            projections and the scores.
+            in for the ``forward`` of every site's module while there is a prefix, called as
+            ``site_forward(module, ...)`` with the arguments of that ``forward`` by name. It computes the
+            same, with :func:`prefixkit.in_front` between the projections and the scores.
         caches: Whether the stack's native cache keeps exactly what its attention is given, one layer
             for each site, so that the cache engine can serve it.
     """

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from prefixkit import transformers_internals as internals
-from prefixkit.adapter import RelativeBias, Stack
+from prefixkit.adapter import PositionIds, RelativeBias, Stack
 from prefixkit.call import StackCall
 from prefixkit.errors import EngineError
 from prefixkit.positions import place_positions
@@ -27,6 +27,7 @@ from prefixkit.prefix_state import (
     PrefixState,
     SiteMark,
     find_state,
+    is_served,
     look_beside,
     put_before,
     put_beside,
@@ -62,8 +63,8 @@ class AttentionEngine:
                 raise UnreachableAttentionError(
                     f"the adapter says no prefix_bias for {stack.path!r}, which the attention engine needs"
                 )
-            for site in stack.sites if stack.site_forward is None else ():
-                _check_reachable(site.path, model.get_submodule(site.path))
+            for site in stack.sites:
+                _check_reachable(site.path, model.get_submodule(site.path), stack)
         for config in self._configs(model, attachment):
             internals.check_wrappable(config)
         sites = (model.get_submodule(site.path) for site in attachment.layout.sites)
@@ -78,7 +79,7 @@ class AttentionEngine:
                 sites = tuple(site for site in stack.sites if site.path == path)
                 module.__dict__[MARK] = SiteMark(sites, attachment.state_key(stack))
                 if stack.site_forward is not None:
-                    internals.stand_in(module, stack.site_forward)
+                    internals.stand_in(module, stack.site_forward, is_served)
 
     def detach(self, model: nn.Module, attachment: Attachment) -> None:
         """Undo :meth:`attach`."""
@@ -178,15 +179,22 @@ class AttentionEngine:
             slide=config.window == "slide",
             dropout=config.prefix_dropout,
         )
-        prefix_bias = stack.positions.prefix_bias if isinstance(stack.positions, RelativeBias) else None
+        biased = isinstance(stack.positions, PositionIds | RelativeBias)
+        prefix_bias = stack.positions.prefix_bias if biased else None
         if prefix_bias is not None and moved is not None and attachment.offset(stack):
             with internals.whole_weights():
                 state.bias = prefix_bias(module, moved, config.num_virtual_tokens)
         return state
 
 
-def _check_reachable(path: str, module: nn.Module) -> None:
-    if not internals.is_on_interface(module):
+def _check_reachable(path: str, module: nn.Module, stack: Stack) -> None:
+    if stack.site_forward is not None:
+        if not internals.takes_what(module, stack.site_forward):
+            raise UnreachableAttentionError(
+                f"the forward of {path!r}, {type(module).__name__}, takes {', '.join(internals.parameter_names(module))} "
+                f"in transformers {internals.VERSION}, which is not what its adapter was written for"
+            )
+    elif not internals.is_on_interface(module):
         raise UnreachableAttentionError(
             f"the attention of {path!r}, {type(module).__name__}, does not go through transformers' attention "
             f"interface (in transformers {internals.VERSION}), so the attention engine cannot reach it"

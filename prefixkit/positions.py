@@ -38,7 +38,8 @@ def place_positions(
     kind = stack.positions
     if isinstance(kind, PositionIds):
         given = arguments.get("position_ids")
-        real = call.token_positions() if given is None else given - kind.offset
+        # Some models (XLM) want ids for every row.
+        real = call.token_positions().expand(call.batch, -1) if given is None else given - kind.offset
         _check_limit(real, kind.limit, offset, call)
         arguments["position_ids"] = real + offset + kind.offset
         return real

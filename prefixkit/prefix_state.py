@@ -23,7 +23,7 @@ from torch import nn
 from prefixkit.adapter import Site
 from prefixkit.errors import EngineError
 from prefixkit.layout import KeyValue
-from prefixkit.widening import put_in_front, widen_block_mask, widen_mask
+from prefixkit.widening import put_in_front, widen_bias, widen_block_mask, widen_mask
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -199,6 +199,11 @@ def find_state(module: nn.Module, arguments: dict[str, Any]) -> tuple[Site, Pref
     return mark.site(state), state
 
 
+def is_served(module: nn.Module) -> bool:
+    """Whether ``module`` has a prefix in the call under way; it has none while the prefix is disabled."""
+    return find_state(module, {}) is not None
+
+
 def in_front(
     module: nn.Module, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -209,7 +214,8 @@ def in_front(
         key, value, mask = prefixkit.in_front(module, key, value, mask)
         scores = query @ key.transpose(-1, -2) * scaling + mask
 
-    Without a prefix on ``module``, or while it is disabled, all three come back as they are.
+    Without a prefix on ``module``, or while it is disabled, all three come back as they are. The mask may
+    hold a bias of positions too: the prefix's columns get zeros, or what the adapter's ``prefix_bias`` says.
 
     Args:
         module: The site's module.
@@ -230,7 +236,9 @@ def in_front(
     site, state = found
     if state.seen(site) is not None:
         raise EngineError("window='slide' is not served here; use window='pinned'")
-    if mask is not None:
+    if mask is not None and state.bias is not None and site.stack != "cross":
+        mask = widen_bias(mask, state.bias, state.num_virtual_tokens, len(key))
+    elif mask is not None:
         mask = state.widened(mask, None, site.window, len(key))
     key, value = put_before(module, site, state, key, value)
     return key, value, mask

@@ -181,26 +181,49 @@ class SiteForward:
 
     Args:
         module: The module.
-        function: What is called in its place, as ``function(module, ...)``.
+        function: What is called in its place, as ``function(module, ...)`` with all arguments by name.
+        serves: Whether ``function`` is wanted now; else the module's own ``forward`` runs.
     """
 
-    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+    def __init__(
+        self, module: nn.Module, function: Callable[..., Any], serves: Callable[[nn.Module], bool]
+    ) -> None:
         self.module = module
         self.function = function
+        self.serves = serves
+        self.names = parameter_names(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As ``module.forward``."""
-        return self.function(self.module, *args, **kwargs)
+        if not self.serves(self.module):
+            return type(self.module).forward(self.module, *args, **kwargs)
+        return self.function(self.module, **dict(zip(self.names, args, strict=False)), **kwargs)
+
+
+def parameter_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of the parameters of the module's own ``forward``, in order."""
+    return tuple(signature(type(module).forward).parameters)[1:]
+
+
+def takes_what(module: nn.Module, function: Callable[..., Any]) -> bool:
+    """Whether ``function(module, ...)`` takes what the module's own ``forward`` takes, all by name."""
+    variable = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    given = signature(type(module).forward).parameters.values()
+    names = {one.name for one in list(given)[1:] if one.kind not in variable}
+    wanted = list(signature(function).parameters.values())[1:]
+    takes = {one.name for one in wanted if one.kind not in variable}
+    needs = {one.name for one in wanted if one.name in takes and one.default is Parameter.empty}
+    return needs <= names and (names <= takes or any(one.kind is Parameter.VAR_KEYWORD for one in wanted))
 
 
 _FORWARDS = ("_old_forward", "forward")
 """Where a module's own ``forward`` may stand; accelerate's hooks move it to the former."""
 
 
-def stand_in(module: nn.Module, function: Callable[..., Any]) -> None:
+def stand_in(module: nn.Module, function: Callable[..., Any], serves: Callable[[nn.Module], bool]) -> None:
     """Have ``function`` answer for the ``forward`` of ``module``, inside accelerate's hooks if it has any."""
     name = next((name for name in _FORWARDS if name in module.__dict__), "forward")
-    module.__dict__[name] = SiteForward(module, function)
+    module.__dict__[name] = SiteForward(module, function, serves)
 
 
 def stand_aside(module: nn.Module) -> None:
