@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from prefixkit.testing.recording import AttentionCall
+from prefixkit.testing.attention_call import AttentionCall
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -112,12 +112,19 @@ def _output_of(subject: Subject, model: PreTrainedModel, path: str, inputs: dict
     """What the attention module ``path`` gives, ``(batch, queries, width)``."""
     kept: list[torch.Tensor] = []
 
-    handle = model.get_submodule(path).register_forward_hook(lambda *call: kept.append(call[-1][0].detach()))
+    handle = model.get_submodule(path).register_forward_hook(lambda *call: kept.append(_first(call[-1]).detach()))
     try:
         subject.logits(model, **inputs)
     finally:
         handle.remove()
     return kept[0]
+
+
+def _first(output: Any) -> torch.Tensor:
+    """The first tensor of what a module returned, however it is packed."""
+    while not isinstance(output, torch.Tensor):
+        output = next(iter(output.values() if isinstance(output, dict) else output))
+    return output
 
 
 def _seen_by_the_bare_model(subject: Subject) -> dict[str, torch.Tensor]:

@@ -15,7 +15,8 @@ import torch
 
 import prefixkit
 from prefixkit.adapter import PositionTable, Site, join_path
-from prefixkit.testing.recording import recorded_calls, uncompiled
+from prefixkit.testing.arithmetic import AlonePrompt, InFront, watched
+from prefixkit.testing.recording import eager_functions, recorded_calls, uncompiled
 from prefixkit.testing.subject import TOKENS, Subject
 from prefixkit.transformers_internals import self_and_cross
 
@@ -188,13 +189,38 @@ class PromptOracle:
         return masks if kinds is not None and len(set(kinds)) > 1 else masks["sliding_attention"]
 
 
+class PlainOracle(PromptOracle):
+    """The same for an encoder that calls no attention function: its softmax is told what to look at.
+
+    With ``shift`` the prompt is read with the text. Without, or where no position can be moved, the text
+    stands alone, and its attention gets the prompt's keys and values in front, with no bias.
+    """
+
+    def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The bare model's outputs for the text, with the prompt in front of it."""
+        if not self.policies.shift:
+            with watched(InFront(self.model, self._pieces())):
+                return self.subject.logits(self.model, **inputs)
+        ids = torch.cat([self.source.expand(len(inputs["input_ids"]), -1), inputs["input_ids"]], dim=1)
+        with watched(AlonePrompt(self.model, TOKENS)):
+            return self.subject.logits(self.model, input_ids=ids, attention_mask=torch.ones_like(ids))[:, TOKENS:]
+
+    def _pieces(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        with recorded_calls(self.model) as calls:
+            self.subject.logits(self.model, input_ids=self.source)
+        return {call.path: (call.key[0], call.value[0]) for call in calls}
+
+
 def text_as_prompt(subject: Subject, *, engine: str, attention: str, shift: bool, pinned: bool) -> None:
     """Check one engine against the oracle."""
-    policies = Policies(encoder=engine == "attention", shift=shift, pinned=pinned)
-    oracle = PromptOracle(subject, policies)
     model = subject.bare(attention=attention)
     options: dict[str, Any] = {"positions": "shift" if shift else "none", "window": "pinned" if pinned else "slide"}
     subject.apply(model, engine=engine, strong=False, **options)
+    # The config has "none" where no position can be moved.
+    shift = prefixkit.config(model).positions == "shift"
+    policies = Policies(encoder=engine == "attention", shift=shift, pinned=pinned)
+    kind = PromptOracle if eager_functions(model) else PlainOracle
+    oracle = kind(subject, policies)
     sites = prefixkit.sites(model)
     flat = oracle.flat(sites)
     prefixkit.remove(model)

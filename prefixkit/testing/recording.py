@@ -6,38 +6,18 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from prefixkit.testing.arithmetic import Watch, watched
+from prefixkit.testing.attention_call import AttentionCall
 from prefixkit.transformers_internals import attention_implementation_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EAGER = "eager_attention_forward"
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionCall:
-    """One call of the attention function.
-
-    Attributes:
-        path: The module that called.
-        query: ``(batch, heads, queries, key_dim)``.
-        key: ``(batch, kv_heads, keys, key_dim)``, after rotation and after the cache update.
-        value: ``(batch, kv_heads, keys, value_dim)``.
-        mask: What the attention function was given.
-        options: Its further keyword arguments.
-    """
-
-    path: str
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    mask: torch.Tensor | None
-    options: dict[str, Any]
 
 
 @contextmanager
@@ -69,13 +49,25 @@ def uncompiled() -> Iterator[None]:
         yield
 
 
+def eager_functions(model: PreTrainedModel) -> dict[str, Any]:
+    """The eager attention functions of transformers' interface that ``model`` may call, by module."""
+    files = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
+    return {name: getattr(sys.modules[name], EAGER) for name in files if hasattr(sys.modules[name], EAGER)}
+
+
 @contextmanager
 def recorded_calls(model: PreTrainedModel) -> Iterator[list[AttentionCall]]:
-    """The attention calls of the bare ``model`` inside the block, in order; it runs eager attention there."""
+    """The attention calls of the bare ``model`` inside the block, in order; it runs eager attention there.
+
+    Where it calls no attention function, they are found in what it computes.
+    """
+    eager = eager_functions(model)
+    if not eager:
+        with watched(Watch(model)) as watch:
+            yield watch.found
+        return
     calls: list[AttentionCall] = []
     paths = {id(module): path for path, module in model.named_modules()}
-    files = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
-    eager = {name: getattr(sys.modules[name], EAGER) for name in files if hasattr(sys.modules[name], EAGER)}
 
     def recorder(function: Any) -> Any:
         def record(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:

@@ -6,7 +6,8 @@ import torch
 
 import prefixkit
 from prefixkit.layout import Layout
-from prefixkit.testing.recording import AttentionCall, recorded_calls
+from prefixkit.testing.attention_call import AttentionCall
+from prefixkit.testing.recording import recorded_calls
 from prefixkit.testing.subject import TOKENS, Subject
 from prefixkit.testing.traits import needs
 
