@@ -200,8 +200,9 @@ def find_state(module: nn.Module, arguments: dict[str, Any]) -> tuple[Site, Pref
 
 
 def is_served(module: nn.Module) -> bool:
-    """Whether ``module`` has a prefix in the call under way; it has none while the prefix is disabled."""
-    return find_state(module, {}) is not None
+    """Whether the prefix of ``module`` is not disabled in the call under way, as it stands beside that call."""
+    mark: SiteMark | None = module.__dict__.get(MARK)
+    return mark is not None and _look_beside(mark.stack) is not OFF
 
 
 def in_front(

@@ -104,10 +104,16 @@ def roformer(
 ):
     """RoFormer: keys, and values where the config says so, are rotated before the prefix joins."""
     refuse_given(encoder_hidden_states=encoder_hidden_states, past_key_values=past_key_values)
-    query, key, *value = project(module, hidden_states)
-    turned = (query, key, *value) if module.rotary_value else (query, key)
-    query, key, *value = (*module.apply_rotary_position_embeddings(sinusoidal_pos, *turned), *value)
-    return attend(module, query, key, value[0], attention_mask)
+    query, key, value = project(module, hidden_states)
+    if attention_mask is not None:
+        # Counted without padding, so that the prefix is as far from a padded row as from the row alone.
+        seen = (attention_mask[:, 0] == 0).any(-2)
+        sinusoidal_pos = sinusoidal_pos[0, 0, (seen.cumsum(-1) - 1).clamp(min=0)].unsqueeze(1)
+    if module.rotary_value:
+        query, key, value = module.apply_rotary_position_embeddings(sinusoidal_pos, query, key, value)
+    else:
+        query, key = module.apply_rotary_position_embeddings(sinusoidal_pos, query, key)
+    return attend(module, query, key, value, attention_mask)
 
 
 def convbert(module, hidden_states, attention_mask=None, encoder_hidden_states=None, **_):
@@ -331,15 +337,15 @@ FAMILIES = {
     "roformer": Family(roformer, positions=uncounted),
     "megatron-bert": Family(bert),
     "rembert": Family(bert),
-    "luke": Family(luke, positions=uncounted),
+    "luke": Family(luke, positions=behind_padding),
     "convbert": Family(convbert),
     "squeezebert": Family(squeezebert, attention="attention", layers="encoder.layers"),
     "ibert": Family(ibert, positions=behind_padding),
     "xlm": Family(xlm, attention="", layers="attentions"),
     "flaubert": Family(xlm, attention="", layers="attentions"),
     "big_bird": Family(bert),
-    "layoutlmv3": Family(layoutlmv3, positions=uncounted),
-    "bros": Family(bros, positions=uncounted),
+    "layoutlmv3": Family(layoutlmv3, positions=behind_padding),
+    "bros": Family(bros),
 }
 
 

@@ -16,7 +16,7 @@ import torch
 import prefixkit
 from prefixkit.adapter import PositionTable, Site, join_path
 from prefixkit.testing.arithmetic import AlonePrompt, InFront, watched
-from prefixkit.testing.recording import eager_functions, recorded_calls, uncompiled
+from prefixkit.testing.recording import recorded_calls, uncompiled
 from prefixkit.testing.subject import TOKENS, Subject
 from prefixkit.transformers_internals import self_and_cross
 
@@ -62,7 +62,7 @@ class PromptOracle:
 
     def _held(self, inputs: dict[str, Any], sites: Sequence[Site]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of the prompt by site: from the attention calls, or from the cache if none can be seen."""
-        if self.subject.traits.on_interface:
+        if self.subject.traits.by_attention:
             with recorded_calls(self.model) as calls:
                 self.subject.logits(self.model, **inputs)
             return {call.path: (call.key[0], call.value[0]) for call in calls}
@@ -219,7 +219,7 @@ def text_as_prompt(subject: Subject, *, engine: str, attention: str, shift: bool
     # The config has "none" where no position can be moved.
     shift = prefixkit.config(model).positions == "shift"
     policies = Policies(encoder=engine == "attention", shift=shift, pinned=pinned)
-    kind = PromptOracle if eager_functions(model) else PlainOracle
+    kind = PlainOracle if subject.traits.by_attention and not subject.traits.on_interface else PromptOracle
     oracle = kind(subject, policies)
     sites = prefixkit.sites(model)
     flat = oracle.flat(sites)

@@ -15,7 +15,7 @@ from prefixkit.testing.traits import needs
 class Sites:
     """The adapter's sites against the attention calls of a forward pass."""
 
-    @needs("on_interface")
+    @needs("by_attention")
     def test_sites_are_the_attention_calls(self, subject: Subject) -> None:
         """Sites are exactly the attention calls of a forward pass."""
         model = subject.bare()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from prefixkit.testing.recording import recorded_calls, uncompiled
+from prefixkit.testing.recording import eager_functions, recorded_calls, uncompiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +28,7 @@ class Traits:
     Attributes:
         encodes: It has an encoder.
         decodes: It has a decoder, whose attention is causal.
-        on_interface: Its attention goes through transformers' attention interface, which the attention engine needs.
+        on_interface: Its attention goes through transformers' attention interface.
         generates: It has ``generate``.
         windowed: Some of its layers have a sliding window.
         biased: Positions enter as a bias on the attention scores.
@@ -87,9 +87,14 @@ class Traits:
         return self.decodes
 
     @property
+    def by_attention(self) -> bool:
+        """The attention engine can serve it: off the interface through a ``site_forward``, if no cache will do."""
+        return self.on_interface or not self.caches
+
+    @property
     def engines(self) -> tuple[str, ...]:
         """The engines that can serve it."""
-        return (("attention",) if self.on_interface else ()) + (("cache",) if self.caches else ())
+        return (("attention",) if self.by_attention else ()) + (("cache",) if self.caches else ())
 
     @property
     def both_engines(self) -> bool:
@@ -102,12 +107,13 @@ def traits_of(subject: Subject, *, accelerated: bool) -> Traits:
     model = subject.bare()
     with recorded_calls(model) as calls:
         subject.logits(model, **subject.inputs(batch=1))
+    on_interface = bool(eager_functions(model))
     both = model.config.is_encoder_decoder
     causal = both or any(_is_causal(call.mask) for call in calls)
     return Traits(
         encodes=both or not causal,
         decodes=causal,
-        on_interface=bool(calls),
+        on_interface=on_interface,
         generates=causal and model.can_generate(),
         windowed=any(call.options.get("sliding_window") for call in calls),
         biased=any(call.options.get("position_bias") is not None for call in calls),
@@ -116,7 +122,7 @@ def traits_of(subject: Subject, *, accelerated: bool) -> Traits:
         checkpoints=bool(model.supports_gradient_checkpointing),
         accelerated=accelerated,
         # Off the interface there is the model's own attention, whatever name it is given.
-        implementations=tuple(name for name in IMPLEMENTATIONS[: None if calls else 1] if _runs(subject, name)),
+        implementations=tuple(name for name in IMPLEMENTATIONS[: None if on_interface else 1] if _runs(subject, name)),
     )
 
 
