@@ -179,8 +179,8 @@ class AttentionEngine:
             slide=config.window == "slide",
             dropout=config.prefix_dropout,
         )
-        biased = isinstance(stack.positions, PositionIds | RelativeBias)
-        prefix_bias = stack.positions.prefix_bias if biased else None
+        positions = stack.positions
+        prefix_bias = positions.prefix_bias if isinstance(positions, PositionIds | RelativeBias) else None
         if prefix_bias is not None and moved is not None and attachment.offset(stack):
             with internals.whole_weights():
                 state.bias = prefix_bias(module, moved, config.num_virtual_tokens)
@@ -190,9 +190,10 @@ class AttentionEngine:
 def _check_reachable(path: str, module: nn.Module, stack: Stack) -> None:
     if stack.site_forward is not None:
         if not internals.takes_what(module, stack.site_forward):
+            takes = ", ".join(internals.parameter_names(module))
             raise UnreachableAttentionError(
-                f"the forward of {path!r}, {type(module).__name__}, takes {', '.join(internals.parameter_names(module))} "
-                f"in transformers {internals.VERSION}, which is not what its adapter was written for"
+                f"the forward of {path!r}, {type(module).__name__}, takes {takes} in transformers {internals.VERSION}, "
+                "which is not what its adapter was written for"
             )
     elif not internals.is_on_interface(module):
         raise UnreachableAttentionError(

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 TASKS_WITH_NEW_HEAD = (
     "ForSequenceClassification",
     "ForTokenClassification",
+    "ForEntityClassification",
+    "ForEntityPairClassification",
+    "ForEntitySpanClassification",
     "ForQuestionAnswering",
+    "ForQuestionAnsweringSimple",
     "ForMultipleChoice",
     "ForImageClassification",
     "ForAudioClassification",

@@ -185,9 +185,7 @@ class SiteForward:
         serves: Whether ``function`` is wanted now; else the module's own ``forward`` runs.
     """
 
-    def __init__(
-        self, module: nn.Module, function: Callable[..., Any], serves: Callable[[nn.Module], bool]
-    ) -> None:
+    def __init__(self, module: nn.Module, function: Callable[..., Any], serves: Callable[[nn.Module], bool]) -> None:
         self.module = module
         self.function = function
         self.serves = serves

@@ -45,7 +45,7 @@ def attend(module, query, key, value, mask=None):
     key, value, mask = in_front(module, key, value, mask)
     scores = query @ key.transpose(-1, -2)
     scores = scores if mask is None else scores + mask
-    weights = functional.softmax(scores.float(), dim=-1).type_as(value)
+    weights = functional.softmax(scores, dim=-1)
     share = module.dropout if isinstance(module.dropout, float) else module.dropout.p
     weights = functional.dropout(weights, share, module.training)
     return (weights @ value).transpose(1, 2).flatten(2), weights
@@ -83,8 +83,8 @@ def bert(
     module,
     hidden_states,
     attention_mask=None,
+    *,
     encoder_hidden_states=None,
-    encoder_attention_mask=None,
     past_key_values=None,
     **_,
 ):
@@ -97,6 +97,7 @@ def roformer(
     module,
     hidden_states,
     attention_mask=None,
+    *,
     sinusoidal_pos=None,
     encoder_hidden_states=None,
     past_key_values=None,
@@ -178,6 +179,7 @@ def deberta(
     module,
     hidden_states,
     attention_mask,
+    *,
     output_attentions=False,
     query_states=None,
     relative_pos=None,
@@ -201,6 +203,7 @@ def deberta_v2(
     module,
     hidden_states,
     attention_mask,
+    *,
     output_attentions=False,
     query_states=None,
     relative_pos=None,
@@ -214,7 +217,9 @@ def deberta_v2(
     bias = query.new_zeros(())
     if module.relative_attention:
         embeddings = module.pos_dropout(rel_embeddings)
-        bias = module.disentangled_attention_bias(query.flatten(0, 1), key.flatten(0, 1), relative_pos, embeddings, terms)
+        bias = module.disentangled_attention_bias(
+            query.flatten(0, 1), key.flatten(0, 1), relative_pos, embeddings, terms
+        )
         bias = bias.unflatten(0, query.shape[:2])
     query = query / (query.shape[-1] * terms) ** 0.5
     context, weights = attend(module, query, key, value, hiding(attention_mask, bias))
@@ -242,7 +247,12 @@ def ibert(module, hidden_states, hidden_states_scaling_factor, attention_mask=No
     """I-BERT in full precision: its activations watch the ranges of what passes."""
     watched = ("query", "key", "value")
     query, key, value = (
-        heads(module, getattr(module, f"{name}_activation")(*getattr(module, name)(hidden_states))[0])
+        heads(
+            module,
+            getattr(module, f"{name}_activation")(*getattr(module, name)(hidden_states, hidden_states_scaling_factor))[
+                0
+            ],
+        )
         for name in watched
     )
     context, weights = attend(module, query / head_dim(module) ** 0.5, key, value, attention_mask)
@@ -250,7 +260,7 @@ def ibert(module, hidden_states, hidden_states_scaling_factor, attention_mask=No
     return ((context, weights), (None, None)) if output_attentions else ((context,), (None,))
 
 
-def xlm(module, input, mask, kv=None, cache=None, output_attentions=False, **_):  # noqa: A002 - the model's own name
+def xlm(module, input, mask, *, kv=None, cache=None, output_attentions=False, **_):  # noqa: A002 - the model's own name
     """XLM and FlauBERT."""
     refuse_given(kv=kv)
     query, key, value = project(module, input, ("q_lin", "k_lin", "v_lin"))
@@ -272,14 +282,7 @@ def layoutlmv3(module, hidden_states, attention_mask=None, rel_pos=None, rel_2d_
     return attend(module, query, key, value, attention_mask)
 
 
-def bros(
-    module,
-    hidden_states,
-    bbox_pos_emb,
-    attention_mask=None,
-    encoder_hidden_states=None,
-    encoder_attention_mask=None,
-):
+def bros(module, hidden_states, bbox_pos_emb, attention_mask=None, *, encoder_hidden_states=None, **_):
     """BROS: a bias of the boxes' distances."""
     import torch
 
@@ -349,10 +352,10 @@ FAMILIES = {
 }
 
 
-def stacks(model):
+def stacks(model, families=FAMILIES):
     """Yield the encoder of any task class."""
     config = model.config
-    family = FAMILIES[config.model_type]
+    family = families[config.model_type]
     refuse_variants(config)
     path = find_stack(model, f"{family.layers}.0")
     count = len(model.get_submodule(join_path(path, family.layers)))

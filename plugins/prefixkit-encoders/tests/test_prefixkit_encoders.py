@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import prefixkit_encoders
 import pytest
+import torch
 import transformers
 
+import prefixkit
 from prefixkit.testing import Conformance, Deviation
+from prefixkit.testing.subject import strengthen
 
 SIZES = {
     "vocab_size": 64,
@@ -36,7 +42,7 @@ XLM_SIZES = {
     "attention_dropout": 0.0,
 }
 BREAKS = "a state beside the call breaks torch.compile's graph, and the test asks for one graph"
-OFFLOADED = "accelerate does not bring back a table that DeBERTa reads outside of its own call, prefix or not"
+OFFLOADED = "accelerate does not bring back a table that the model reads outside of its own call, prefix or not"
 CONVOLUTION = "ConvBERT's convolution reads the tokens beside its own, padding and prompt too, prefix or not"
 PAST_HOOKS = "SqueezeBERT calls its layers past their hooks, and FSDP2 gathers no weights, prefix or not"
 COMPILED = (Deviation(BREAKS, "test_compiled_forward"),)
@@ -140,6 +146,185 @@ class TestBigBird(Encoder):
 
 
 class TestLayoutLMv3(Encoder):
+    deviations = (
+        *COMPILED,
+        Deviation(OFFLOADED, "test_offloaded_prefix_is_refused"),
+        Deviation(
+            "the prefix has no box, so no bias of distance, and a text has one to its prompt",
+            "test_prefix_of_a_text_is_that_text_as_a_prompt",
+            {"positions": "shift"},
+        ),
+    )
+
     def make_model(self):
         sizes = {"coordinate_size": 6, "shape_size": 4, "visual_embed": False}
         return transformers.LayoutLMv3Model(transformers.LayoutLMv3Config(**SIZES, **sizes))
+
+
+class BrosInOneBox(transformers.BrosModel):
+    """BROS wants boxes; here those of a line of text."""
+
+    def forward(self, input_ids, bbox=None, **options):
+        places = torch.arange(input_ids.shape[-1], device=input_ids.device) / 100
+        boxes = torch.stack([places, places * 0, places + 0.01, places * 0 + 0.01], dim=-1).to(self.dtype)
+        return super().forward(input_ids, bbox=boxes.expand(len(input_ids), -1, -1), **options)
+
+
+class TestBros(Encoder):
+    deviations = (*COMPILED, *TestLayoutLMv3.deviations[2:])
+
+    def make_model(self):
+        # The boxes' distances take an eighth of a quarter of the width.
+        sizes = {"hidden_size": 128, "bbox_scale": 1.0}
+        return BrosInOneBox(transformers.BrosConfig(**{**SIZES, **sizes}))
+
+
+HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+TASKS = [
+    (family, getattr(transformers, f"{prefix}For{head}"))
+    for family, prefix in (
+        (TestDebertaV2, "DebertaV2"),
+        (TestDeberta, "Deberta"),
+        (TestMPNet, "MPNet"),
+        (TestRoFormer, "RoFormer"),
+        (TestMegatronBert, "MegatronBert"),
+        (TestRemBert, "RemBert"),
+        (TestLuke, "Luke"),
+        (TestConvBert, "ConvBert"),
+        (TestSqueezeBert, "SqueezeBert"),
+        (TestIBert, "IBert"),
+        (TestXLM, "XLM"),
+        (TestFlaubert, "Flaubert"),
+        (TestBigBird, "BigBird"),
+        (TestLayoutLMv3, "LayoutLMv3"),
+    )
+    for head in (*HEADS, "QuestionAnsweringSimple")
+    if hasattr(transformers, f"{prefix}For{head}")
+]
+
+
+@pytest.mark.parametrize(("family", "cls"), TASKS, ids=[cls.__name__ for _, cls in TASKS])
+def test_a_head_trains_and_is_saved_with_the_prefix(family, cls, tmp_path):
+    """Two steps change the prefix and the head and nothing else, and both come back from a file."""
+    config = family().make_model().config
+    torch.manual_seed(0)
+    model = cls(config)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prefixkit.apply(model, num_virtual_tokens=4, adapter=family.adapter)
+    strengthen(model)
+    trained = [name for name, value in model.named_parameters() if value.requires_grad]
+    assert len(trained) > 1, "no head"
+    optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], lr=0.1)
+    inputs, labels = task(cls)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**inputs, **labels).loss.backward()
+        optimizer.step()
+    after = dict(model.state_dict())
+    changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    assert changed
+    # I-BERT's buffers watch the ranges of what passes.
+    assert changed <= {*trained, *(name for name, _ in model.named_buffers())}
+    prefixkit.save(model.eval(), tmp_path)
+    again = cls(config).eval()
+    again.load_state_dict(before)
+    for buffer, trained_buffer in zip(again.buffers(), model.buffers(), strict=True):
+        buffer.copy_(trained_buffer)
+    prefixkit.load(again, tmp_path, adapter=family.adapter)
+    with torch.no_grad():
+        for one, other in zip(numbers(again(**inputs)), numbers(model(**inputs)), strict=True):
+            assert torch.equal(one, other)
+
+
+def task(cls):
+    """Two padded rows for a task, and their labels."""
+    choices = cls.__name__.endswith("MultipleChoice")
+    ids = torch.randint(4, 64, (2, 3, 7) if choices else (2, 7), generator=torch.Generator().manual_seed(1))
+    ids[..., 3] = 3  # BigBird looks for the end of the question
+    mask = torch.ones_like(ids)
+    mask[1, ..., 5:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "QuestionAnswering" in cls.__name__:
+        return inputs, {"start_positions": torch.tensor([4, 4]), "end_positions": torch.tensor([5, 4])}
+    shape = (2, 7) if cls.__name__.endswith("TokenClassification") else (2,)
+    return inputs, {"labels": torch.ones(shape, dtype=torch.long)}
+
+
+def numbers(output):
+    """What a task class computed."""
+    return [value for value in output.values() if isinstance(value, torch.Tensor)]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (transformers.BigBirdConfig(**SIZES), "attention_type='block_sparse'.* set attention_type='original_full'"),
+        (transformers.RemBertConfig(**SIZES, is_decoder=True), "use is_decoder=False"),
+        (transformers.XLMConfig(**XLM_SIZES, causal=True), "use causal=False"),
+        (transformers.DebertaConfig(**SIZES, talking_head=True), "use talking_head=False"),
+        (transformers.IBertConfig(**SIZES, quant_mode=True), "use quant_mode=False"),
+    ],
+)
+def test_what_has_another_attention_is_refused(config, message):
+    model = transformers.AutoModel.from_config(config)
+    with pytest.raises(prefixkit.UnsupportedModelError, match=message):
+        prefixkit.apply(model, num_virtual_tokens=4, adapter=Encoder.adapter)
+
+
+def test_deberta_with_a_table_counts_its_positions():
+    """Under shift the table's rows are moved, as where the bare model is given moved ids."""
+    config = transformers.DebertaV2Config(**SIZES, relative_attention=True, pos_att_type=["p2c", "c2p"])
+    model = transformers.DebertaV2Model(config).eval()
+    ids = torch.arange(4, 11)[None]
+    prefixkit.apply(model, num_virtual_tokens=4, adapter=Encoder.adapter)
+    with torch.no_grad():
+        model.get_parameter("prefixkit.default.embedding.weight").copy_(torch.randn(4, 128))
+        found = model(ids).last_hidden_state
+        flat = model.get_parameter("prefixkit.default.embedding.weight").clone()
+        prefixkit.remove(model)
+        prefixkit.apply(model, num_virtual_tokens=4, adapter=Encoder.adapter, positions="none", init=flat)
+        torch.testing.assert_close(found, model(ids, position_ids=torch.arange(4, 11)[None]).last_hidden_state)
+        assert (found - model(ids).last_hidden_state).abs().max() > 1e-3
+
+
+def test_entities_of_luke_see_the_prefix_as_words():
+    """The four products written out, in float64."""
+    config = transformers.LukeConfig(**SIZES, entity_vocab_size=20, entity_emb_size=16)
+    torch.manual_seed(0)
+    model = transformers.LukeModel(config).double().eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    flat = torch.randn(4, 2 * 64, dtype=torch.float64).float()
+    prefixkit.apply(model, num_virtual_tokens=4, adapter=Encoder.adapter, init=flat)
+    module = model.encoder.layer[1].attention.self
+    seen = []
+    module.register_forward_hook(lambda _, args, output: seen.extend((*args[:2], output)))
+    entities = {"entity_ids": torch.tensor([[5, 6]]), "entity_position_ids": torch.tensor([[[1, 2, -1], [4, -1, -1]]])}
+    with torch.no_grad():
+        model(torch.arange(4, 11)[None], **entities)
+        words, others, found = seen
+        prefix_key, prefix_value = flat.double()[:, 64:].view(4, 2, 4, 8).permute(1, 2, 0, 3)
+        both = torch.cat([words, others], dim=1)
+        key, value = (
+            torch.cat([front, one(both)[0].view(-1, 4, 8).transpose(0, 1)], dim=1)
+            for front, one in ((prefix_key, module.key), (prefix_value, module.value))
+        )
+        for states, to_word, to_entity, context in (
+            (words, module.query, module.w2e_query, found[0]),
+            (others, module.e2w_query, module.e2e_query, found[1]),
+        ):
+            ask, ask_entity = (one(states)[0].view(-1, 4, 8).transpose(0, 1) for one in (to_word, to_entity))
+            scores = torch.cat([ask @ key[:, :-2].mT, ask_entity @ key[:, -2:].mT], dim=-1) / 8**0.5
+            expected = (scores.softmax(-1) @ value).transpose(0, 1).flatten(1)
+            torch.testing.assert_close(context[0], expected, atol=1e-6, rtol=1e-6)
+
+
+def test_an_attention_that_takes_something_else_is_refused():
+    """As a version of transformers may bring it."""
+    families = prefixkit_encoders.FAMILIES
+    wrong = replace(families["mpnet"], site_forward=prefixkit_encoders.deberta)
+    adapter = prefixkit.Adapter(
+        model_types=("mpnet",), stacks=partial(prefixkit_encoders.stacks, families={"mpnet": wrong})
+    )
+    with pytest.raises(prefixkit.EngineError, match="takes hidden_states, attention_mask, position_bias.* written for"):
+        prefixkit.apply(TestMPNet().make_model(), num_virtual_tokens=4, adapter=adapter)
