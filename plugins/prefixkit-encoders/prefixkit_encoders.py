@@ -293,6 +293,49 @@ def bros(module, hidden_states, bbox_pos_emb, attention_mask=None, *, encoder_hi
     return attend(module, query, key, value, both(attention_mask, bias))
 
 
+def lilt(module, hidden_states, layout_inputs, attention_mask=None, output_attentions=False):
+    """LiLT: text and layout score together; the prefix is text, and the layout's own sums are without it."""
+    own = type(module).forward(module, hidden_states, layout_inputs, attention_mask)
+    query, key, value = project(module, hidden_states)
+    shrink = module.channel_shrink_ratio
+    asks, answers = (
+        module.transpose_for_scores(of(layout_inputs), r=shrink) for of in (module.layout_query, module.layout_key)
+    )
+    bias = asks @ answers.transpose(-1, -2) / (head_dim(module) // shrink) ** 0.5
+    context, weights = attend(module, query, key, value, both(attention_mask, bias))
+    return (context, own[1], weights) if output_attentions else (context, own[1])
+
+
+def visual_bert(module, hidden_states, attention_mask=None, output_attentions=False):
+    """VisualBERT."""
+    context, weights = attend(module, *project(module, hidden_states), attention_mask)
+    return (context, weights) if output_attentions else (context,)
+
+
+class WavLMInFront:
+    """A WavLM attention whose sums have the prefix in front; all else, its gated bias too, is the module's."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+    def torch_multi_head_self_attention(self, hidden_states, attention_mask, gated_position_bias):
+        """As the module's own, given ``(batch, tokens)`` with 1 for what is seen and the bias by row and head."""
+        query, key, value = project(self.module, hidden_states, ("q_proj", "k_proj", "v_proj"))
+        bias = gated_position_bias.unflatten(0, query.shape[:2])
+        if attention_mask is not None:
+            bias = hiding(attention_mask[:, None, None] == 1, bias)
+        context, weights = attend(self.module, query, key, value, bias)
+        return self.module.out_proj(context), weights
+
+
+def wavlm(module, hidden_states, attention_mask=None, position_bias=None, index=0, **_):
+    """WavLM: a gated bias of distances."""
+    return type(module).forward(WavLMInFront(module), hidden_states, attention_mask, position_bias, index)
+
+
 @dataclass(frozen=True)
 class Family:
     """What the encoders here differ in.
@@ -349,7 +392,14 @@ FAMILIES = {
     "big_bird": Family(bert),
     "layoutlmv3": Family(layoutlmv3, positions=behind_padding),
     "bros": Family(bros),
+    "lilt": Family(lilt, positions=behind_padding),
+    "visual_bert": Family(visual_bert),
+    "wavlm": Family(wavlm, attention="attention", layers="encoder.layers", positions=uncounted),
 }
+
+
+HEADS = ("num_attention_heads", "num_heads", "n_heads")
+"""Under which names attention modules keep their number of heads."""
 
 
 def stacks(model, families=FAMILIES):
@@ -366,7 +416,7 @@ def stacks(model, families=FAMILIES):
             path=name,
             stack="encoder",
             layer=layer,
-            kv_heads=module.n_heads if hasattr(module, "n_heads") else module.num_attention_heads,
+            kv_heads=next(getattr(module, name) for name in HEADS if hasattr(module, name)),
             key_dim=head_dim(module),
             value_dim=head_dim(module),
         )

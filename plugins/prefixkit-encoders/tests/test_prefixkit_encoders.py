@@ -179,6 +179,26 @@ class TestBros(Encoder):
         return BrosInOneBox(transformers.BrosConfig(**{**SIZES, **sizes}))
 
 
+class TestVisualBert(Encoder):
+    def make_model(self):
+        config = transformers.VisualBertConfig(**SIZES, visual_embedding_dim=16)
+        return transformers.VisualBertModel(config)
+
+
+class TestLilt(Encoder):
+    deviations = (
+        *COMPILED,
+        Deviation("a layer's layout has attention of its own, without a prefix", "test_sites_are_the_attention_calls"),
+        # test_lilt_sees_the_prefix_as_text has the numbers.
+        Deviation("the kit puts keys in front of text and layout", "test_prefix_of_a_text_is_that_text_as_a_prompt"),
+    )
+
+    def make_model(self):
+        # A box takes six equal parts of the width.
+        sizes = {"hidden_size": 48, "channel_shrink_ratio": 2, "max_2d_position_embeddings": 64}
+        return transformers.LiltModel(transformers.LiltConfig(**{**SIZES, **sizes}))
+
+
 HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
 TASKS = [
     (family, getattr(transformers, f"{prefix}For{head}"))
@@ -197,6 +217,7 @@ TASKS = [
         (TestFlaubert, "Flaubert"),
         (TestBigBird, "BigBird"),
         (TestLayoutLMv3, "LayoutLMv3"),
+        (TestLilt, "Lilt"),
     )
     for head in (*HEADS, "QuestionAnsweringSimple")
     if hasattr(transformers, f"{prefix}For{head}")
@@ -287,36 +308,117 @@ def test_deberta_with_a_table_counts_its_positions():
         assert (found - model(ids).last_hidden_state).abs().max() > 1e-3
 
 
-def test_entities_of_luke_see_the_prefix_as_words():
-    """The four products written out, in float64."""
-    config = transformers.LukeConfig(**SIZES, entity_vocab_size=20, entity_emb_size=16)
-    torch.manual_seed(0)
-    model = transformers.LukeModel(config).double().eval()
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.3)
-    flat = torch.randn(4, 2 * 64, dtype=torch.float64).float()
-    prefixkit.apply(model, num_virtual_tokens=4, adapter=Encoder.adapter, init=flat)
-    module = model.encoder.layer[1].attention.self
-    seen = []
-    module.register_forward_hook(lambda _, args, output: seen.extend((*args[:2], output)))
-    entities = {"entity_ids": torch.tensor([[5, 6]]), "entity_position_ids": torch.tensor([[[1, 2, -1], [4, -1, -1]]])}
-    with torch.no_grad():
-        model(torch.arange(4, 11)[None], **entities)
-        words, others, found = seen
-        prefix_key, prefix_value = flat.double()[:, 64:].view(4, 2, 4, 8).permute(1, 2, 0, 3)
-        both = torch.cat([words, others], dim=1)
-        key, value = (
-            torch.cat([front, one(both)[0].view(-1, 4, 8).transpose(0, 1)], dim=1)
-            for front, one in ((prefix_key, module.key), (prefix_value, module.value))
+class Site:
+    """The last attention of a model in float64 with a random prefix, what it was given and what it gave."""
+
+    def __init__(self, model, path, width=32):
+        torch.manual_seed(0)
+        self.model = model.double().eval()
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight, std=0.3)
+        flat = torch.randn(4, 4 * width)
+        prefixkit.apply(model, num_virtual_tokens=4, adapter=Encoder.adapter, init=flat)
+        self.key, self.value = (
+            half.view(4, 4, -1).transpose(0, 1) for half in flat.double()[:, 2 * width :].chunk(2, 1)
         )
-        for states, to_word, to_entity, context in (
-            (words, module.query, module.w2e_query, found[0]),
-            (others, module.e2w_query, module.e2e_query, found[1]),
-        ):
-            ask, ask_entity = (one(states)[0].view(-1, 4, 8).transpose(0, 1) for one in (to_word, to_entity))
-            scores = torch.cat([ask @ key[:, :-2].mT, ask_entity @ key[:, -2:].mT], dim=-1) / 8**0.5
-            expected = (scores.softmax(-1) @ value).transpose(0, 1).flatten(1)
-            torch.testing.assert_close(context[0], expected, atol=1e-6, rtol=1e-6)
+        self.module = model.get_submodule(path)
+        self.module.register_forward_hook(self.keep, with_kwargs=True)
+
+    def keep(self, module, args, options, output):
+        self.args, self.options, self.output = args, options, output
+
+    def run(self, **inputs):
+        with torch.no_grad():
+            self.model(**inputs)
+
+    def heads(self, states):
+        return states[0].view(len(states[0]), 4, -1).transpose(0, 1)
+
+    def check(self, found, scores, value):
+        """``found`` is what the scores of prefix and tokens give."""
+        weights = torch.cat(scores, dim=-1).softmax(-1)
+        expected = (weights @ torch.cat([self.value, value], dim=1)).transpose(0, 1).flatten(1)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_entities_of_luke_see_the_prefix_as_words():
+    config = transformers.LukeConfig(**SIZES, entity_vocab_size=20, entity_emb_size=16)
+    site = Site(transformers.LukeModel(config), "encoder.layer.1.attention.self")
+    entities = {"entity_ids": torch.tensor([[5, 6]]), "entity_position_ids": torch.tensor([[[1, 2, -1], [4, -1, -1]]])}
+    site.run(input_ids=torch.arange(4, 11)[None], **entities)
+    module = site.module
+    words, others = site.args[:2]
+    both = torch.cat([words, others], dim=1)
+    key, value = (site.heads(one(both)) / scale for one, scale in ((module.key, 8**0.5), (module.value, 1)))
+    for states, to_word, to_entity, found in (
+        (words, module.query, module.w2e_query, site.output[0]),
+        (others, module.e2w_query, module.e2e_query, site.output[1]),
+    ):
+        ask, ask_entity = site.heads(to_word(states)), site.heads(to_entity(states))
+        scores = [ask @ site.key.mT / 8**0.5, ask @ key[:, :-2].mT, ask_entity @ key[:, -2:].mT]
+        site.check(found[0], scores, value)
+
+
+def test_lilt_sees_the_prefix_as_text():
+    site = Site(TestLilt().make_model(), "encoder.layer.1.attention.self", width=48)
+    boxes = torch.randint(0, 60, (1, 7, 4), generator=torch.Generator().manual_seed(1)).sort().values
+    site.run(input_ids=torch.arange(4, 11)[None], bbox=boxes)
+    text, layout = site.args[:2]
+    module = site.module
+    query, key, value = (site.heads(one(text)) for one in (module.query, module.key, module.value))
+    asks, answers = (site.heads(one(layout)) for one in (module.layout_query, module.layout_key))
+    scores = query @ key.mT / 12**0.5 + asks @ answers.mT / 6**0.5
+    site.check(site.output[0][0], [query @ site.key.mT / 12**0.5, scores], value)
+
+
+def wavlm_config():
+    convolutions = {"conv_dim": [8, 8], "conv_kernel": [4, 4], "conv_stride": [4, 4], "num_feat_extract_layers": 2}
+    quiet = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0, "apply_spec_augment": False}
+    sizes = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_buckets": 8}
+    more = {"feat_extract_norm": "layer", "final_dropout": 0.0, "feat_proj_dropout": 0.0}
+    return transformers.WavLMConfig(**SIZES, **convolutions, **quiet, **sizes, **more)
+
+
+def test_wavlm_has_its_gated_bias_between_tokens_only():
+    sound = torch.randn(1, 200, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    site = Site(transformers.WavLMModel(wavlm_config()), "encoder.layers.1.attention")
+    site.run(input_values=sound)
+    module = site.module
+    states = site.args[0] if site.args else site.options["hidden_states"]
+    query, key, value = (site.heads(one(states)) for one in (module.q_proj, module.k_proj, module.v_proj))
+    gates = (
+        module.gru_rel_pos_linear(states.view(1, -1, 4, 8)).view(1, -1, 4, 2, 4).sum(-1).sigmoid()[0].transpose(0, 1)
+    )
+    gate = gates[..., :1] * (gates[..., 1:] * module.gru_rel_pos_const[0] - 1) + 2
+    bias = gate * site.output[2].view(4, len(states[0]), -1)
+    found = torch.linalg.solve(module.out_proj.weight, (site.output[0] - module.out_proj.bias)[0].mT).mT
+    site.check(found, [query @ site.key.mT / 8**0.5, query @ key.mT / 8**0.5 + bias], value)
+
+
+# transformers gives torch a boolean mask and a bias.
+@pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask:UserWarning")
+def test_wavlm_in_batches():
+    """Disabled it is the base, bit for bit; a padded row equals the row alone; prefix and head train."""
+    torch.manual_seed(0)
+    model = transformers.WavLMForSequenceClassification(wavlm_config()).eval().requires_grad_(False)
+    rows = torch.randn(2, 320)
+    mask = torch.ones(2, 320, dtype=torch.long)
+    mask[1, 160:] = 0
+    inputs = {"input_values": rows * mask, "attention_mask": mask}
+    with torch.no_grad():
+        base = model(**inputs).logits
+        prefixkit.apply(model, num_virtual_tokens=4, adapter=Encoder.adapter)
+        strengthen(model)
+        with prefixkit.disabled(model):
+            assert torch.equal(model(**inputs).logits, base)
+        states = model.wavlm(**inputs).last_hidden_state[1, :10]
+        shorter = {"input_values": rows[1:, :240] * mask[1:, :240], "attention_mask": mask[1:, :240]}
+        torch.testing.assert_close(states[:6], model.wavlm(**shorter).last_hidden_state[0, :6], atol=1e-5, rtol=1e-4)
+    model.train()
+    model(**inputs, labels=torch.tensor([0, 1])).loss.backward()
+    trained = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+    assert {"prefixkit.default.embedding.weight", "classifier.weight"} <= trained.keys()
+    assert all(gradient.abs().max() > 0 for gradient in trained.values())
 
 
 def test_an_attention_that_takes_something_else_is_refused():
