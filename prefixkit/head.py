@@ -68,9 +68,18 @@ def _automatic(model: PreTrainedModel, stacks: Iterable[Stack]) -> tuple[str, ..
     if not any(name.endswith(TASKS_WITH_NEW_HEAD) for name in classes):
         return ()
     body = {stack.path.split(".")[0] for stack in stacks}
-    embeddings = model.get_input_embeddings()
+    embeddings = _input_embeddings(model)
     return tuple(
         name
         for name, child in model.named_children()
         if name not in body and child is not embeddings and any(True for _ in child.parameters())
     )
+
+
+def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """The model's token embeddings; a model of sound or images may have none."""
+    try:
+        embeddings: nn.Module = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return embeddings
