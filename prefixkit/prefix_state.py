@@ -202,7 +202,7 @@ def find_state(module: nn.Module, arguments: dict[str, Any]) -> tuple[Site, Pref
 def is_served(module: nn.Module) -> bool:
     """Whether the prefix of ``module`` is not disabled in the call under way, as it stands beside that call."""
     mark: SiteMark | None = module.__dict__.get(MARK)
-    return mark is not None and _look_beside(mark.stack) is not OFF
+    return mark is not None and look_beside(mark.stack) is not OFF
 
 
 def in_front(

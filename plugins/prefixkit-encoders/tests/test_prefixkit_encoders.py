@@ -1,4 +1,4 @@
-"""The adapters pass the conformance kit, family by family."""
+"""The adapters pass the conformance kit, family by family; the rarer ones' tests are slow."""
 
 from __future__ import annotations
 
@@ -88,6 +88,7 @@ class TestMegatronBert(Encoder):
         return transformers.MegatronBertForMaskedLM(transformers.MegatronBertConfig(**SIZES))
 
 
+@pytest.mark.slow
 class TestRemBert(Encoder):
     def make_model(self):
         sizes = {"input_embedding_size": 16, "output_embedding_size": 24}
@@ -100,6 +101,7 @@ class TestLuke(Encoder):
         return transformers.LukeForMaskedLM(transformers.LukeConfig(**SIZES, **sizes))
 
 
+@pytest.mark.slow
 class TestConvBert(Encoder):
     deviations = (
         *COMPILED,
@@ -113,6 +115,7 @@ class TestConvBert(Encoder):
         return transformers.ConvBertForMaskedLM(transformers.ConvBertConfig(**SIZES, **sizes))
 
 
+@pytest.mark.slow
 class TestSqueezeBert(Encoder):
     deviations = (
         *COMPILED,
@@ -124,6 +127,7 @@ class TestSqueezeBert(Encoder):
         return transformers.SqueezeBertForMaskedLM(transformers.SqueezeBertConfig(**SIZES, embedding_size=32))
 
 
+@pytest.mark.slow
 class TestIBert(Encoder):
     def make_model(self):
         return transformers.IBertForMaskedLM(transformers.IBertConfig(**SIZES))
@@ -134,17 +138,20 @@ class TestXLM(Encoder):
         return transformers.XLMWithLMHeadModel(transformers.XLMConfig(**XLM_SIZES))
 
 
+@pytest.mark.slow
 class TestFlaubert(Encoder):
     def make_model(self):
         return transformers.FlaubertWithLMHeadModel(transformers.FlaubertConfig(**XLM_SIZES))
 
 
+@pytest.mark.slow
 class TestBigBird(Encoder):
     def make_model(self):
         config = transformers.BigBirdConfig(**SIZES, attention_type="original_full", sep_token_id=3)
         return transformers.BigBirdForMaskedLM(config)
 
 
+@pytest.mark.slow
 class TestLayoutLMv3(Encoder):
     deviations = (
         *COMPILED,
@@ -170,6 +177,7 @@ class BrosInOneBox(transformers.BrosModel):
         return super().forward(input_ids, bbox=boxes.expand(len(input_ids), -1, -1), **options)
 
 
+@pytest.mark.slow
 class TestBros(Encoder):
     deviations = (*COMPILED, *TestLayoutLMv3.deviations[2:])
 
@@ -179,12 +187,14 @@ class TestBros(Encoder):
         return BrosInOneBox(transformers.BrosConfig(**{**SIZES, **sizes}))
 
 
+@pytest.mark.slow
 class TestVisualBert(Encoder):
     def make_model(self):
         config = transformers.VisualBertConfig(**SIZES, visual_embedding_dim=16)
         return transformers.VisualBertModel(config)
 
 
+@pytest.mark.slow
 class TestLilt(Encoder):
     deviations = (
         *COMPILED,
