@@ -9,10 +9,16 @@ import prefixkit_encoders
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 import prefixkit
 from prefixkit.testing import Conformance, Deviation
 from prefixkit.testing.subject import strengthen
+
+if Version(transformers.__version__) < Version("5.23"):
+    pytest.skip(
+        "written for transformers 5.23; where attention takes something else, it is refused", allow_module_level=True
+    )
 
 SIZES = {
     "vocab_size": 64,
