@@ -1,4 +1,4 @@
-"""prefixkit's plugin for T5: encoder, decoder and cross-attention, relative positions."""
+"""prefixkit's plugin for T5 and mT5: encoder, decoder and cross-attention, relative positions."""
 
 from prefixkit import Adapter, RelativeBias, Site, Stack, find_stack, hookimpl, join_path
 
@@ -61,5 +61,5 @@ def stacks(model):
 
 @hookimpl
 def prefixkit_adapters():
-    """T5."""
-    yield Adapter(model_types=("t5",), stacks=stacks)
+    """T5 and mT5, which differ in no way that matters here."""
+    yield Adapter(model_types=("t5", "mt5"), stacks=stacks)
