@@ -24,12 +24,23 @@ FIRST_ROWS = 8
 def positions_of(model: PreTrainedModel, inputs: Mapping[str, Any], stack: Stack) -> Positions | None:
     """Position ids, a table, or ``None`` where positions cannot be moved from outside."""
     module = model.get_submodule(stack.path)
-    if any("compress" in str(kind) for kind in getattr(model.config.get_text_config(), "layer_types", None) or ()):
-        return None  # blocks are counted from position 0, and tokens moved past them would see later ones
+    if _counts_from_zero(model.config.get_text_config()):
+        return None
     before = watch(model, inputs, {stack.path: dict})
     if "position_ids" in signature(module.forward).parameters:
         return _position_ids(model, inputs, stack, before)
     return _position_table(module, stack, before)
+
+
+def _counts_from_zero(config: Any) -> bool:
+    """Whether moved positions would mean something else than a text that begins later.
+
+    Compressed blocks of keys are counted from position 0, and a token moved past them would see later ones.
+    A longrope changes its rotation at a length that ``generate`` counts by itself.
+    """
+    kinds = getattr(config, "layer_types", None) or ()
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return any("compress" in str(kind) for kind in kinds) or "longrope" in str(rope)
 
 
 def _position_ids(

@@ -102,6 +102,7 @@ CAUSAL: dict[str, dict[str, Any]] = {
 }
 
 TEXT_ENCODERS: dict[str, dict[str, Any]] = {
+    "big_bird": {"attention_type": "original_full"},  # its sparse blocks are refused
     "esmc": {"num_key_value_heads": 4},
     "funnel": {"block_sizes": (2, 2)},
     "neomme": {"head_dim": 16},  # a quarter of it is rotated, four numbers at a time
