@@ -32,6 +32,7 @@ from prefixkit.prefix_state import (
     put_beside,
     take_away,
 )
+from prefixkit.site_forward import WhileOn
 from prefixkit.widening import widen_bias
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ class AttentionEngine:
     def check(self, model: nn.Module, attachment: Attachment) -> None:
         """Raise if a site's attention, or its implementation, cannot be wrapped."""
         for stack in attachment.stacks:
-            if isinstance(stack.positions, RelativeBias) and stack.positions.prefix_bias is None:
+            no_bias = isinstance(stack.positions, RelativeBias) and stack.positions.prefix_bias is None
+            if no_bias and stack.site_forward is None:
                 raise UnreachableAttentionError(
                     f"the adapter says no prefix_bias for {stack.path!r}, which the attention engine needs"
                 )
@@ -78,7 +80,7 @@ class AttentionEngine:
                 sites = tuple(site for site in stack.sites if site.path == path)
                 module.__dict__[MARK] = SiteMark(sites, attachment.state_key(stack))
                 if stack.site_forward is not None:
-                    internals.stand_in(module, stack.site_forward)
+                    internals.stand_in(module, WhileOn(stack.site_forward))
 
     def detach(self, model: nn.Module, attachment: Attachment) -> None:
         """Undo :meth:`attach`."""
@@ -177,6 +179,7 @@ class AttentionEngine:
             query_positions=moved,
             slide=config.window == "slide",
             dropout=config.prefix_dropout,
+            shifts=bool(attachment.offset(stack)),
         )
         prefix_bias = stack.positions.prefix_bias if isinstance(stack.positions, RelativeBias) else None
         if prefix_bias is not None and moved is not None and attachment.offset(stack):

@@ -48,6 +48,7 @@ class PrefixState:
             ``None`` stands for zeros.
         reached: Whether any attention has asked for it.
         turns: How often each module that several layers share has called its attention so far, by path.
+        shifts: Whether real tokens were moved behind the prefix.
     """
 
     pieces: dict[str, KeyValue]
@@ -58,6 +59,7 @@ class PrefixState:
     bias: torch.Tensor | None = None
     reached: bool = False
     turns: dict[str, int] = field(default_factory=dict)
+    shifts: bool = False
     _causal: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     _block_masks: list[tuple[Any, int | None, Any]] = field(default_factory=list)
 
@@ -228,10 +230,8 @@ def in_front(
     if found is None:
         return key, value, mask
     site, state = found
-    if state.seen(site) is not None:
-        raise EngineError("window='slide' is not served here; use window='pinned'")
     if mask is not None:
-        mask = state.widened(mask, None, site.window, len(key))
+        mask = state.widened(mask, state.seen(site), site.window, len(key))
     key, value = put_before(module, site, state, key, value)
     return key, value, mask
 
