@@ -41,13 +41,18 @@ def bloom_attention(module, hidden_states, residual, alibi, attention_mask, **op
 
 
 def falcon_attention(module, hidden_states, alibi, attention_mask, **options):
-    """Falcon with a linear bias has it in the mask, scaled; eager attention adds it once more."""
+    """Falcon with a linear bias has it in the mask, scaled; eager attention adds it once more.
+
+    The prefix has all of its bias in the mask, since the other place has no room for one by query.
+    """
+    import torch
+
     if alibi is None:
         return through_cache(module, hidden_states, alibi, attention_mask, **options)
-    slopes = slopes_of(module, alibi.dtype)
-    mask = alibi_in_front(module, attention_mask, slopes * module.inv_norm_factor)
-    # One row for all queries is all that it can take; with sdpa it reads none.
-    alibi = alibi_in_front(module, alibi, slopes)
+    once = module.config._attn_implementation == "sdpa" and not options.get("output_attentions")
+    slopes = slopes_of(module, alibi.dtype) * module.inv_norm_factor * (1 if once else 2)
+    mask = alibi_in_front(module, attention_mask, slopes)
+    alibi = torch.nn.functional.pad(alibi, (mask.shape[-1] - alibi.shape[-1], 0))
     return through_cache(module, hidden_states, alibi, mask, mask_name=None, **options)
 
 

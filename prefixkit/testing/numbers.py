@@ -140,7 +140,7 @@ class Numbers:
             subject.apply(model, engine="cache", stacks=("encoder",), window="slide")
         assert _belongings(model) == before
 
-    @needs("on_interface")
+    @needs("reachable")
     def test_one_layer_alone(self, subject: Subject) -> None:
         """With layers= the prefix stands in those layers alone, and trains there."""
         sites = prefixkit.sites(subject.with_prefix())

@@ -16,6 +16,7 @@ import torch
 import prefixkit
 from prefixkit.adapter import PositionTable, Site, join_path
 from prefixkit.testing.recording import recorded_calls, uncompiled
+from prefixkit.testing.scores import ChangedScores, bias_of
 from prefixkit.testing.subject import TOKENS, Subject
 from prefixkit.transformers_internals import self_and_cross
 
@@ -46,7 +47,7 @@ class PromptOracle:
 
     def flat(self, sites: Sequence[Site]) -> torch.Tensor:
         """The flat prefix ``(P, width)`` that holds the prompt's keys and values, written out plainly."""
-        inputs = {"input_ids": self.source, "use_cache": False}
+        inputs = {"input_ids": self.source, "use_cache": not self.subject.traits.on_interface}
         if self.subject.is_encoder_decoder:
             inputs["decoder_input_ids"] = self.target
         elif self.subject.traits.encodes:
@@ -83,6 +84,8 @@ class PromptOracle:
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if not subject.traits.decodes:
             arguments["attention_mask"] = self._mask(len(text), causal=False, queries=length, keys=length)
+        elif not subject.traits.on_interface:
+            return self._off_the_interface(arguments, length)[:, TOKENS:]
         elif subject.traits.windowed and self.policies.pinned:
             arguments["attention_mask"] = self._windowed_masks(arguments)
         if self.policies.shift:
@@ -90,9 +93,23 @@ class PromptOracle:
         if not subject.traits.position_ids:
             stack = "decoder" if subject.traits.decodes else "encoder"
             return self._with_moved_table(stack, self.model, arguments, length)[:, TOKENS:]
-        places = torch.cat([torch.arange(TOKENS), torch.arange(length)]) + subject.traits.first_position
-        arguments["position_ids"] = places.expand(len(text), -1).to(ids.device)
+        arguments["position_ids"] = self._unmoved_places(ids, length)
         return subject.logits(self.model, **arguments)[:, TOKENS:]
+
+    def _unmoved_places(self, ids: torch.Tensor, length: int) -> torch.Tensor:
+        """Position ids that start anew behind the prompt."""
+        places = torch.cat([torch.arange(TOKENS), torch.arange(length)]) + self.subject.traits.first_position
+        return places.expand(len(ids), -1).to(ids.device)
+
+    def _off_the_interface(self, arguments: dict[str, Any], length: int) -> torch.Tensor:
+        """Outputs of one causal stack that takes no mask of ours: its scores are changed inside of it."""
+        bias = None
+        if not self.policies.shift and self.subject.traits.position_ids:
+            arguments["position_ids"] = self._unmoved_places(arguments["input_ids"], length)
+        if not self.policies.shift:
+            bias = bias_of(self.model, arguments)
+        with ChangedScores(TOKENS + length, bias=bias, pinned=self.policies.pinned):
+            return self.subject.logits(self.model, **arguments)
 
     def _encoder_decoder(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """As :meth:`_one_stack`; the encoder's prompt is read by encoder and cross-attention."""
