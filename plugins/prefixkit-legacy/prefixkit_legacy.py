@@ -21,22 +21,22 @@ from prefixkit import (
 )
 
 
-def slopes_of(module, dtype):
+def slopes_of(module, alibi):
     """The slopes of a BLOOM's or Falcon's bias, one for each head, as the model itself rounds them."""
     import sys
 
     import torch
 
     build = sys.modules[type(module).__module__].build_alibi_tensor
-    two_tokens = torch.ones(1, 2, dtype=torch.long, device=module.dense.weight.device)
-    return build(two_tokens, module.num_heads, dtype)[:, 0, 1]
+    two_tokens = torch.ones(1, 2, dtype=torch.long, device=alibi.device)
+    return build(two_tokens, module.num_heads, alibi.dtype)[:, 0, 1]
 
 
 def bloom_attention(module, hidden_states, residual, alibi, attention_mask, **options):
     """BLOOM counts its bias from the mask: padding is no distance."""
     batch, _, keys = len(hidden_states), *alibi.shape[1:]
     alibi = alibi.view(batch, module.num_heads, 1, keys)
-    alibi = alibi_in_front(module, alibi, slopes_of(module, alibi.dtype)).flatten(0, 1)
+    alibi = alibi_in_front(module, alibi, slopes_of(module, alibi)).flatten(0, 1)
     return through_cache(module, hidden_states, residual, alibi, attention_mask, **options)
 
 
@@ -50,7 +50,7 @@ def falcon_attention(module, hidden_states, alibi, attention_mask, **options):
     if alibi is None:
         return through_cache(module, hidden_states, alibi, attention_mask, **options)
     once = module.config._attn_implementation == "sdpa" and not options.get("output_attentions")
-    slopes = slopes_of(module, alibi.dtype) * module.inv_norm_factor * (1 if once else 2)
+    slopes = slopes_of(module, alibi) * module.inv_norm_factor * (1 if once else 2)
     mask = alibi_in_front(module, attention_mask, slopes)
     alibi = torch.nn.functional.pad(alibi, (mask.shape[-1] - alibi.shape[-1], 0))
     return through_cache(module, hidden_states, alibi, mask, mask_name=None, **options)

@@ -18,7 +18,6 @@ from prefixkit.adapter import PositionTable, Site, join_path
 from prefixkit.testing.recording import recorded_calls, uncompiled
 from prefixkit.testing.scores import ChangedScores, bias_of
 from prefixkit.testing.subject import TOKENS, Subject
-from prefixkit.transformers_internals import self_and_cross
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,30 +46,22 @@ class PromptOracle:
 
     def flat(self, sites: Sequence[Site]) -> torch.Tensor:
         """The flat prefix ``(P, width)`` that holds the prompt's keys and values, written out plainly."""
-        inputs = {"input_ids": self.source, "use_cache": not self.subject.traits.on_interface}
+        inputs: dict[str, Any] = {"input_ids": self.source}
+        if self.subject.traits.on_interface:
+            inputs["use_cache"] = False
         if self.subject.is_encoder_decoder:
             inputs["decoder_input_ids"] = self.target
         elif self.subject.traits.encodes:
-            del inputs["use_cache"]
-        held = self._held(inputs, sites)
+            inputs.pop("use_cache", None)
+        with recorded_calls(self.model) as calls:
+            self.subject.logits(self.model, **inputs)
+        held = {call.path: call for call in calls}
         order = ("encoder", "decoder", "cross")
         columns: list[torch.Tensor] = []
         for site in sorted(sites, key=lambda site: (order.index(site.stack), site.layer)):
-            for part in held[site.path]:
+            for part in (held[site.path].key[0], held[site.path].value[0]):
                 columns.extend(part[head] for head in range(len(part)))
         return torch.cat(columns, dim=1)
-
-    def _held(self, inputs: dict[str, Any], sites: Sequence[Site]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of the prompt by site: from the attention calls, or from the cache if none can be seen."""
-        if self.subject.traits.on_interface:
-            with recorded_calls(self.model) as calls:
-                self.subject.logits(self.model, **inputs)
-            return {call.path: (call.key[0], call.value[0]) for call in calls}
-        with torch.no_grad():
-            cache = self.model(**{**inputs, "use_cache": True}).past_key_values
-        parts: dict[str, Any] = dict(zip(("decoder", "cross"), self_and_cross(cache), strict=True))
-        layers = {site.path: parts[site.stack].layers[site.layer] for site in sites}
-        return {path: (layer.keys[0], layer.values[0]) for path, layer in layers.items()}
 
     def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The bare model's outputs for the text, with the prompt in front of it."""

@@ -87,13 +87,13 @@ def uncompiled() -> Iterator[None]:
 def recorded_calls(model: PreTrainedModel) -> Iterator[list[AttentionCall]]:
     """The attention calls of the bare ``model`` inside the block, in order; it runs eager attention there.
 
-    Off the interface it has to run with a cache.
+    Off the interface it runs with a cache there, whatever its config says.
     """
     calls: list[AttentionCall] = []
     paths = {id(module): path for path, module in model.named_modules()}
     eager = _eager_functions(model)
     if not eager:
-        with _recorded_updates(model) as calls:
+        with _with_cache(model), _recorded_updates(model) as calls:
             yield calls
         return
 
@@ -126,6 +126,15 @@ def _eager_functions(model: PreTrainedModel) -> dict[str, Any]:
     """The eager attention functions of the files that the model's modules come from."""
     files = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
     return {name: getattr(sys.modules[name], EAGER) for name in files if hasattr(sys.modules[name], EAGER)}
+
+
+@contextmanager
+def _with_cache(model: PreTrainedModel) -> Iterator[None]:
+    before, model.config.use_cache = model.config.use_cache, True
+    try:
+        yield
+    finally:
+        model.config.use_cache = before
 
 
 @contextmanager
