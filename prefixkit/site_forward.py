@@ -104,8 +104,14 @@ def through_cache(
 
 
 @functools.cache
-def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
+def _read_parameters(cls: type[nn.Module]) -> tuple[str, ...]:
     return tuple(signature(cls.forward).parameters)[1:]
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Names of what ``forward`` takes; torch.compile need not look how they are found."""
+    return _read_parameters(cls)  # type: ignore[arg-type]
 
 
 def mask_in_front(module: nn.Module, mask: torch.Tensor | None) -> torch.Tensor | None:

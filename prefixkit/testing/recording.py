@@ -15,7 +15,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-
 from transformers.cache_utils import Cache
 
 from prefixkit.transformers_internals import attention_implementation_of
@@ -156,7 +155,7 @@ def _recorded_updates(model: PreTrainedModel) -> Iterator[list[AttentionCall]]:
         handles.append(module.register_forward_pre_hook(partial(_enter, running, path)))
         handles.append(module.register_forward_hook(partial(_leave, running), always_call=True))
     try:
-        Cache.update = update  # type: ignore[method-assign]
+        Cache.update = update  # type: ignore[assignment,method-assign]
         yield calls
     finally:
         Cache.update = original  # type: ignore[method-assign]

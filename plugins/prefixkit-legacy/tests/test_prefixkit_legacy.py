@@ -17,7 +17,6 @@ ONE_GRAPH = tuple(
     for test, parameters in (
         ("test_compiled_forward", {"engine": "attention"}),
         ("test_compiled_static_cache", {"engine": "attention"}),
-        ("test_compiled_training_step", {}),
     )
 )
 UNPACKED = (
@@ -35,7 +34,9 @@ class Legacy(Conformance):
     deviations = ONE_GRAPH
 
 
-@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated:DeprecationWarning")  # Dynamo does, for GELU
+@pytest.mark.filterwarnings(
+    "ignore:.*Function.* should not be instantiated:DeprecationWarning"
+)  # Dynamo does, for GELU
 class TestBLOOM(Legacy):
     adapter = ADAPTERS["bloom"]
 
@@ -48,7 +49,14 @@ class TestMPT(Legacy):
     adapter = ADAPTERS["mpt"]
 
     def make_model(self):
-        sizes = {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 128, "expansion_ratio": 2, "use_cache": True}
+        sizes = {
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": 3,
+            "max_seq_len": 128,
+            "expansion_ratio": 2,
+            "use_cache": True,
+        }
         return transformers.MptForCausalLM(transformers.MptConfig(**SPECIAL, **sizes))
 
 
