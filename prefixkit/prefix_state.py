@@ -114,13 +114,16 @@ class SiteMark:
     sites: tuple[Site, ...]
     stack: str
 
-    def site(self, state: PrefixState) -> Site:
-        """The site of the call under way: where layers share the module, the next one in turn."""
+    def site(self, state: PrefixState, *, looks: bool = False) -> Site:
+        """The site of the call under way: where layers share the module, the next one in turn.
+
+        It stays the next one for a call that only ``looks``.
+        """
         path = self.sites[0].path
         if len(self.sites) == 1:
             return self.sites[0]
         turn = state.turns.get(path, 0)
-        state.turns[path] = turn + 1
+        state.turns[path] = turn if looks else turn + 1
         return self.sites[turn % len(self.sites)]
 
 
@@ -175,8 +178,13 @@ class KeepingCheckpoint:
         return self.function(with_states, *args, **kwargs)
 
 
-def find_state(module: nn.Module, arguments: dict[str, Any]) -> tuple[Site, PrefixState] | None:
+def find_state(module: nn.Module, arguments: dict[str, Any], *, looks: bool = False) -> tuple[Site, PrefixState] | None:
     """The site that ``module`` is and the state of the call under way, taken out of ``arguments``.
+
+    Args:
+        module: An attention module.
+        arguments: What it was called with by name.
+        looks: Whether the keys and values of this call come later, so that it is the module's turn still.
 
     Returns:
         ``None`` if it is no site, or while the prefix is disabled.
@@ -197,8 +205,8 @@ def find_state(module: nn.Module, arguments: dict[str, Any]) -> tuple[Site, Pref
             f"the prefix did not reach {mark.sites[0].path!r}: its stack was not called as a module, or does "
             "not hand keyword arguments down to its attention (an adapter says so with hands_down=False)"
         )
-    state.reached = True
-    return mark.site(state), state
+    state.reached = state.reached or not looks
+    return mark.site(state, looks=looks), state
 
 
 def in_front(

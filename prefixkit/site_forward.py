@@ -33,7 +33,7 @@ class WhileOn:
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The output of either."""
-        function = type(module).forward if find_state(module, {}) is None else self.site_forward
+        function = type(module).forward if find_state(module, {}, looks=True) is None else self.site_forward
         return function(module, *args, **kwargs)
 
 
@@ -116,7 +116,7 @@ def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
 
 def mask_in_front(module: nn.Module, mask: torch.Tensor | None) -> torch.Tensor | None:
     """The mask of one attention call with the prefix's columns in front, as :func:`prefixkit.in_front` gives it."""
-    found = find_state(module, {})
+    found = find_state(module, {}, looks=True)
     if found is None or mask is None:
         return mask
     site, state = found
@@ -139,7 +139,7 @@ def alibi_in_front(module: nn.Module, alibi: torch.Tensor, slopes: torch.Tensor)
     Returns:
         ``(batch or 1, heads, queries or 1, P + keys)``; ``alibi`` itself without a prefix.
     """
-    found = find_state(module, {})
+    found = find_state(module, {}, looks=True)
     if found is None:
         return alibi
     _, state = found

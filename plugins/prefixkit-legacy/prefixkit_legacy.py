@@ -98,7 +98,7 @@ def gpt_neo_attention(module, hidden_states, attention_mask=None, layer_past=Non
     return module.resid_dropout(module.out_proj(output)), weights
 
 
-def decoder(model, attention, positions, site_forward, heads=None, window=None):
+def decoder(model, attention, positions, site_forward, *, heads=None, window=None):
     """The one stack of ``model``; ``attention`` is the path of its first layer's attention, from the layers on."""
     path, config = find_stack(model, attention), model.config.get_text_config()
     if path is None:

@@ -15,6 +15,8 @@ from prefixkit.testing.traits import LONGER
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TARGETS = 4
+
 
 class Sites:
     """The adapter's sites against the attention calls of a forward pass."""
@@ -22,7 +24,7 @@ class Sites:
     def test_sites_are_the_attention_calls(self, subject: Subject) -> None:
         """Sites are exactly the attention calls of a forward pass."""
         model = subject.bare()
-        inputs = subject.inputs(length=7, targets=4)
+        inputs = subject.inputs(length=7, targets=TARGETS)
         with recorded_calls(model) as calls:
             subject.logits(model, **inputs)
         found = _described(subject, model, calls)
@@ -96,8 +98,7 @@ def _described(subject: Subject, model: PreTrainedModel, calls: list[AttentionCa
         elif id(model.get_submodule(call.path)) in inside:
             stack = "encoder"
         else:
-            own = call.query is not None and call.key.shape[2] == call.query.shape[2]
-            stack = "decoder" if own else "cross"
+            stack = "decoder" if call.key.shape[2] == TARGETS else "cross"
         layer = counts.get(stack, 0) if call.layer is None else call.layer
         counts[stack] = layer + 1
         window = call.options.get("sliding_window")
