@@ -59,6 +59,10 @@ class CacheInFront:
         key, value, _ = in_front(self.module, key, value)
         return key, value
 
+    def get_seq_length(self, *args: Any) -> Any:
+        """How many tokens the cache holds."""
+        return 0 if self.cache is None else self.cache.get_seq_length(*args)
+
 
 def through_cache(
     module: nn.Module,

@@ -14,7 +14,7 @@ from test_prefixkit_llama import TestLlama as Llama
 from prefixkit.testing import Conformance
 
 RUN = Path(__file__).parent / "wrong" / "run.py"
-HALVES = (("adapters", "lives"), ("attention_engines", "cache_engines"))
+HALVES = (("adapters", "lives", "off_interface"), ("attention_engines", "cache_engines"))
 """The files of wrong subjects, for two processes side by side."""
 UNPROVEN = {
     "they run in processes of their own, where nothing is planted": {

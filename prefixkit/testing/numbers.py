@@ -159,7 +159,7 @@ def _belongings(model: PreTrainedModel) -> dict[str, object]:
         "parameters": {name: value.requires_grad for name, value in model.named_parameters()},
         "buffers": list(model.state_dict()),
         "attributes": sorted(vars(model)),
-        "answers": {name: value for name, value in vars(model).items() if callable(value)},
+        "answers": [{name: value for name, value in vars(module).items() if callable(value)} for module in modules],
         "hooks": [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in modules],
         "attention": [attention_implementation_of(config) for config in configs],
     }
