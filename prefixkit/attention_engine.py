@@ -64,7 +64,10 @@ class AttentionEngine:
                 raise UnreachableAttentionError(
                     f"the adapter says no prefix_bias for {stack.path!r}, which the attention engine needs"
                 )
-            for site in stack.sites if stack.site_forward is None else ():
+            if stack.site_forward is not None:
+                _check_masks(stack.path, model.get_submodule(stack.path))
+                continue
+            for site in stack.sites:
                 _check_reachable(site.path, model.get_submodule(site.path))
         for config in self._configs(model, attachment):
             internals.check_wrappable(config)
@@ -193,6 +196,16 @@ def _check_reachable(path: str, module: nn.Module) -> None:
         raise UnreachableAttentionError(
             f"the attention of {path!r}, {type(module).__name__}, does not go through transformers' attention "
             f"interface (in transformers {internals.VERSION}), so the attention engine cannot reach it"
+        )
+
+
+def _check_masks(path: str, module: nn.Module) -> None:
+    """Attention of a module's own has no names to choose from, but it may be FlashAttention, which takes no masks."""
+    name = internals.attention_implementation_of(internals.config_of(module))
+    if "flash" in name:
+        raise UnreachableAttentionError(
+            f"the attention of {path!r} was made as {name!r}, which takes no mask that the attention engine could "
+            "widen; make the model with attn_implementation='eager', or pass engine='cache'"
         )
 
 

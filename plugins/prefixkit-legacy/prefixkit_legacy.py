@@ -6,19 +6,8 @@ bias (ALiBi) need the bias of the prefix's columns as well, and two need an atte
 
 from functools import partial
 
-from prefixkit import (
-    Adapter,
-    PositionIds,
-    RelativeBias,
-    Site,
-    Stack,
-    alibi_in_front,
-    find_stack,
-    hookimpl,
-    in_front,
-    join_path,
-    through_cache,
-)
+import prefixkit
+from prefixkit import Adapter, PositionIds, RelativeBias, Site, Stack, find_stack, hookimpl, join_path
 
 
 def slopes_of(module, alibi):
@@ -36,8 +25,8 @@ def bloom_attention(module, hidden_states, residual, alibi, attention_mask, **op
     """BLOOM counts its bias from the mask: padding is no distance."""
     batch, _, keys = len(hidden_states), *alibi.shape[1:]
     alibi = alibi.view(batch, module.num_heads, 1, keys)
-    alibi = alibi_in_front(module, alibi, slopes_of(module, alibi)).flatten(0, 1)
-    return through_cache(module, hidden_states, residual, alibi, attention_mask, **options)
+    alibi = prefixkit.alibi_in_front(module, alibi, slopes_of(module, alibi)).flatten(0, 1)
+    return prefixkit.through_cache(module, hidden_states, residual, alibi, attention_mask, **options)
 
 
 def falcon_attention(module, hidden_states, alibi, attention_mask, **options):
@@ -48,12 +37,12 @@ def falcon_attention(module, hidden_states, alibi, attention_mask, **options):
     import torch
 
     if alibi is None:
-        return through_cache(module, hidden_states, alibi, attention_mask, **options)
+        return prefixkit.through_cache(module, hidden_states, alibi, attention_mask, **options)
     once = module.config._attn_implementation == "sdpa" and not options.get("output_attentions")
     slopes = slopes_of(module, alibi) * module.inv_norm_factor * (1 if once else 2)
-    mask = alibi_in_front(module, attention_mask, slopes)
+    mask = prefixkit.alibi_in_front(module, attention_mask, slopes)
     alibi = torch.nn.functional.pad(alibi, (mask.shape[-1] - alibi.shape[-1], 0))
-    return through_cache(module, hidden_states, alibi, mask, mask_name=None, **options)
+    return prefixkit.through_cache(module, hidden_states, alibi, mask, mask_name=None, **options)
 
 
 def mpt_attention(module, hidden_states, position_bias, past_key_values=None, attention_mask=None, **_):
@@ -70,8 +59,8 @@ def mpt_attention(module, hidden_states, position_bias, past_key_values=None, at
     slopes = position_bias[:, 0, -1] - position_bias[:, 0, -2]
     first = (~attention_mask).any(dim=(1, 2)).int().argmax(-1)
     places = torch.arange(key.shape[2], device=key.device) - first[:, None]
-    alibi = alibi_in_front(module, slopes[:, None, None] * places[:, None, None], slopes)
-    key, value, seen = in_front(module, key, value, ~attention_mask)
+    alibi = prefixkit.alibi_in_front(module, slopes[:, None, None] * places[:, None, None], slopes)
+    key, value, seen = prefixkit.in_front(module, key, value, ~attention_mask)
     scores = query @ key.transpose(-1, -2) * module.softmax_scale + alibi
     weights = scores.masked_fill(~seen, torch.finfo(query.dtype).min).float().softmax(-1).to(value.dtype)
     weights = torch.nn.functional.dropout(weights, module.attn_dropout_p, module.training)
@@ -92,7 +81,7 @@ def gpt_neo_attention(module, hidden_states, attention_mask=None, layer_past=Non
         own = torch.where(attention_mask == 0, places, -1).amax(-1, keepdim=True)  # the last that a query sees
         beyond = places <= own - module.config.window_size
         attention_mask = attention_mask.masked_fill(beyond, torch.finfo(attention_mask.dtype).min)
-    key, value, mask = in_front(module, key, value, attention_mask)
+    key, value, mask = prefixkit.in_front(module, key, value, attention_mask)
     weights = (query.float() @ key.float().transpose(-1, -2) + mask).softmax(-1).to(value.dtype)
     output = module._merge_heads(module.attn_dropout(weights) @ value, *sizes)
     return module.resid_dropout(module.out_proj(output)), weights
@@ -140,7 +129,7 @@ def falcon(model):
 
 def gptj(model):
     """GPT-J and CodeGen: rotary positions, read off a table."""
-    return decoder(model, "h.0.attn", PositionIds(limit=model.config.max_position_embeddings), through_cache)
+    return decoder(model, "h.0.attn", PositionIds(limit=model.config.max_position_embeddings), prefixkit.through_cache)
 
 
 def gpt_neo(model):
@@ -156,13 +145,15 @@ def gpt_neo(model):
 
 def gpt_neox_japanese(model):
     """GPT-NeoX-Japanese: rotary positions."""
-    return decoder(model, "layers.0.attention", PositionIds(), through_cache)
+    return decoder(model, "layers.0.attention", PositionIds(), prefixkit.through_cache)
 
 
 def xglm(model):
     """XGLM: a sinusoidal table of positions, which grows by the length of the text and not by that of the prefix."""
     positions = PositionIds(limit=model.config.max_position_embeddings)
-    return decoder(model, "layers.0.self_attn", positions, partial(through_cache, cache_name="past_key_values"))
+    return decoder(
+        model, "layers.0.self_attn", positions, partial(prefixkit.through_cache, cache_name="past_key_values")
+    )
 
 
 @hookimpl
