@@ -23,8 +23,7 @@ def slopes_of(module, alibi):
 
 def bloom_attention(module, hidden_states, residual, alibi, attention_mask, **options):
     """BLOOM counts its bias from the mask: padding is no distance."""
-    batch, _, keys = len(hidden_states), *alibi.shape[1:]
-    alibi = alibi.view(batch, module.num_heads, 1, keys)
+    alibi = alibi.view(len(hidden_states), module.num_heads, 1, -1)
     alibi = prefixkit.alibi_in_front(module, alibi, slopes_of(module, alibi)).flatten(0, 1)
     return prefixkit.through_cache(module, hidden_states, residual, alibi, attention_mask, **options)
 

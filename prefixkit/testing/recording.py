@@ -129,7 +129,8 @@ def _eager_functions(model: PreTrainedModel) -> dict[str, Any]:
 
 @contextmanager
 def _with_cache(model: PreTrainedModel) -> Iterator[None]:
-    before, model.config.use_cache = model.config.use_cache, True
+    before = getattr(model.config, "use_cache", None)
+    model.config.use_cache = True
     try:
         yield
     finally:
