@@ -88,7 +88,8 @@ def through_cache(
         **kwargs: What its ``forward`` was called with.
 
     Raises:
-        EngineError: If ``forward`` has no such parameters, or does not use the cache.
+        EngineError: If ``forward`` has no such parameters, does not use the cache, or gets no mask and may
+            make a causal one of its own.
     """
     names = _parameters(type(module))
     for name in (cache_name, mask_name):
@@ -100,11 +101,21 @@ def through_cache(
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     cache = CacheInFront(module, arguments.get(cache_name))
     if mask_name is not None:
+        _check_mask(module, arguments.get(mask_name), arguments[names[0]])
         arguments[mask_name] = mask_in_front(module, arguments.get(mask_name))
     output = type(module).forward(module, **{**arguments, cache_name: cache})
     if not cache.used:
         raise EngineError(f"{type(module).__name__}.forward does not use its {cache_name!r}; pass engine='cache'")
     return output
+
+
+def _check_mask(module: nn.Module, mask: torch.Tensor | None, states: torch.Tensor) -> None:
+    """Torch aligns a causal mask of its own at the upper left: with a prefix, a token would not see itself."""
+    if mask is None and states.shape[1] > 1 and getattr(module, "is_causal", False):
+        raise EngineError(
+            f"{type(module).__name__} was given no mask and may make a causal one that knows no prefix; make the model "
+            "with attn_implementation='eager', or pass engine='cache'"
+        )
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import prefixkit_legacy
 import pytest
 import test_prefixkit_legacy
 import tiny
@@ -15,6 +16,7 @@ from prefixkit.attachment import find
 from prefixkit.errors import EngineError
 
 GPTJ = test_prefixkit_legacy.TestGPTJ
+pytestmark = pytest.mark.skipif(not prefixkit_legacy.serves_attention(), reason="the cache engine alone serves it here")
 
 
 def apply(adapter, model=None, **options):

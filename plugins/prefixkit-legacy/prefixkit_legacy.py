@@ -10,6 +10,14 @@ import prefixkit
 from prefixkit import Adapter, PositionIds, RelativeBias, Site, Stack, find_stack, hookimpl, join_path
 
 
+def serves_attention():
+    """Whether the attention is as this plugin knows it; in an older transformers the cache engine serves it."""
+    import transformers
+    from packaging.version import Version
+
+    return Version(transformers.__version__) >= Version("5.5")
+
+
 def slopes_of(module, alibi):
     """The slopes of a BLOOM's or Falcon's bias, one for each head, as the model itself rounds them."""
     import sys
@@ -104,6 +112,7 @@ def decoder(model, attention, positions, site_forward, *, heads=None, window=Non
         )
         for layer in range(config.num_hidden_layers)
     )
+    site_forward = site_forward if serves_attention() else None
     yield Stack(name="decoder", path=path, positions=positions, sites=sites, site_forward=site_forward)
 
 

@@ -90,7 +90,7 @@ class PromptOracle:
     def _unmoved_places(self, ids: torch.Tensor, length: int) -> torch.Tensor:
         """Position ids that start anew behind the prompt."""
         places = torch.cat([torch.arange(TOKENS), torch.arange(length)]) + self.subject.traits.first_position
-        return places.expand(len(ids), -1).to(ids.device)
+        return places.repeat(len(ids), 1).to(ids.device)
 
     def _off_the_interface(self, arguments: dict[str, Any], length: int) -> torch.Tensor:
         """Outputs of one causal stack that takes no mask of ours: its scores are changed inside of it."""

@@ -68,7 +68,7 @@ class ChangedScores(TorchFunctionMode):
         return scores
 
 
-def bias_of(model: PreTrainedModel, arguments: dict[str, Any]) -> torch.Tensor | None:
+def bias_of(model: PreTrainedModel, arguments: dict[str, torch.Tensor]) -> torch.Tensor | None:
     """What ``model`` adds to its scores, and nothing for a query's own key: the scores of a model without weights.
 
     ``None`` where it adds nothing but a mask, the same for all in sight.
@@ -78,7 +78,8 @@ def bias_of(model: PreTrainedModel, arguments: dict[str, Any]) -> torch.Tensor |
         for weight in empty.parameters():
             weight.zero_()
         with ChangedScores(arguments["input_ids"].shape[1]) as scores:
-            empty(**arguments)
+            # Some versions of transformers move position ids in place.
+            empty(**{name: value.clone() for name, value in arguments.items()})
     if not scores.found or scores.found[0].dtype == torch.bool:
         return None
     bias = scores.found[0] - scores.found[0].diagonal(dim1=-2, dim2=-1)[..., None]
