@@ -62,6 +62,10 @@ if TYPE_CHECKING:
     from prefixkit.native_cache import to_cache as to_cache
     from prefixkit.prefix_config import PrefixConfig as PrefixConfig
     from prefixkit.prefix_state import in_front as in_front
+    from prefixkit.site_forward import (
+        alibi_in_front as alibi_in_front,
+        through_cache as through_cache,
+    )
 
 _HOME = {
     "apply": "lifecycle",
@@ -85,6 +89,8 @@ _HOME = {
     "join_path": "adapter",
     "in_front": "prefix_state",
     "generic_adapter": "generic.stacks",
+    "through_cache": "site_forward",
+    "alibi_in_front": "site_forward",
     "Method": "method",
     "PrefixShape": "method",
     "PrefixConfig": "prefix_config",

@@ -110,13 +110,17 @@ class RelativeBias:
         prefix_bias: Given the stack's module, the queries' distances from the prefix's first
             column ``(batch or 1, queries)`` and ``num_virtual_tokens``, returns the bias of the
             prefix's columns ``(batch or 1, heads, queries, num_virtual_tokens)``. The attention engine
-            asks for it; ``None`` where only the cache engine serves the stack.
+            asks for it; ``None`` where only the cache engine serves the stack, or where a ``site_forward``
+            adds the bias itself (:func:`prefixkit.alibi_in_front`).
         counts_padding: Whether the model takes padding for distance, so that the cache engine cannot
             serve rows that are padded on the left.
+        ignores_ids: Whether the stack's ``forward`` takes ``position_ids`` all the same and does nothing
+            with them.
     """
 
     prefix_bias: Callable[[nn.Module, torch.Tensor, int], torch.Tensor] | None = None
     counts_padding: bool = True
+    ignores_ids: bool = False
 
 
 Positions = PositionIds | PositionTable | RelativeBias
@@ -139,7 +143,8 @@ class Stack:
         site_forward: For attention that does not go through transformers' attention interface: stands
             in for the ``forward`` of every site's module while there is a prefix, called as
             ``site_forward(module, ...)`` with the arguments of that ``forward`` by name. It computes the
-            same, with :func:`prefixkit.in_front` between the projections and the scores.
+            same, with :func:`prefixkit.in_front` between the projections and the scores;
+            :func:`prefixkit.through_cache` is one for attention that takes a cache.
         caches: Whether the stack's native cache keeps exactly what its attention is given, one layer
             for each site, so that the cache engine can serve it.
     """

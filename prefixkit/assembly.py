@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prefixkit import transformers_internals as internals
-from prefixkit.adapter import Adapter, PositionIds, Site, Stack
+from prefixkit.adapter import Adapter, PositionIds, RelativeBias, Site, Stack
 from prefixkit.attachment import Attachment, carries_prefix, find
 from prefixkit.attention_engine import AttentionEngine, UnreachableAttentionError
 from prefixkit.cache_engine import CacheEngine
@@ -147,7 +147,8 @@ def stacks_of(model: PreTrainedModel, adapter: Adapter) -> list[Stack]:
 def _check_positions(model: PreTrainedModel, stack: Stack) -> None:
     """Ids that a caller may pass are never dropped without a word."""
     takes_ids = "position_ids" in signature(model.get_submodule(stack.path).forward).parameters
-    if takes_ids and not isinstance(stack.positions, PositionIds | None):
+    ignored = isinstance(stack.positions, RelativeBias) and stack.positions.ignores_ids
+    if takes_ids and not ignored and not isinstance(stack.positions, PositionIds | None):
         raise PluginError(
             f"the {stack.name} stack {stack.path!r} of {type(model).__name__} takes position_ids, and the adapter "
             f"states {type(stack.positions).__name__}; state PositionIds"

@@ -26,6 +26,7 @@ from prefixkit.prefix_state import (
     KeepingCheckpoint,
     PrefixState,
     SiteMark,
+    Witness,
     find_state,
     is_served,
     look_beside,
@@ -59,10 +60,13 @@ class AttentionEngine:
     def check(self, model: nn.Module, attachment: Attachment) -> None:
         """Raise if a site's attention, or its implementation, cannot be wrapped."""
         for stack in attachment.stacks:
-            if isinstance(stack.positions, RelativeBias) and stack.positions.prefix_bias is None:
+            no_bias = isinstance(stack.positions, RelativeBias) and stack.positions.prefix_bias is None
+            if no_bias and stack.site_forward is None:
                 raise UnreachableAttentionError(
                     f"the adapter says no prefix_bias for {stack.path!r}, which the attention engine needs"
                 )
+            if stack.site_forward is not None:
+                _check_masks(stack.path, model.get_submodule(stack.path))
             for site in stack.sites:
                 _check_reachable(site.path, model.get_submodule(site.path), stack)
         for config in self._configs(model, attachment):
@@ -137,10 +141,12 @@ class AttentionEngine:
         Raises:
             EngineError: If none of its attention has asked for the prefix.
         """
-        # In training every layer may have been dropped; and a compiled graph notes nothing.
-        if not module.training and stack.sites and not torch.compiler.is_compiling():
-            state = arguments.get(STATE) or look_beside(attachment.state_key(stack))
-            if state is not None and not state.reached:
+        # In training every layer may have been dropped.
+        if not module.training and stack.sites:
+            state = arguments.get(STATE)
+            if state is None and not torch.compiler.is_compiling():
+                state = look_beside(attachment.state_key(stack))
+            if state is not None and state.witness is not None and not state.witness.reached:
                 raise EngineError(
                     f"no attention of the stack {stack.path!r} asked for its prefix: its adapter names modules that do "
                     "not call transformers' attention function"
@@ -178,6 +184,8 @@ class AttentionEngine:
             query_positions=moved,
             slide=config.window == "slide",
             dropout=config.prefix_dropout,
+            shifts=bool(attachment.offset(stack)),
+            witness=None if torch.compiler.is_compiling() else Witness(),
         )
         positions = stack.positions
         prefix_bias = positions.prefix_bias if isinstance(positions, PositionIds | RelativeBias) else None
@@ -199,6 +207,16 @@ def _check_reachable(path: str, module: nn.Module, stack: Stack) -> None:
         raise UnreachableAttentionError(
             f"the attention of {path!r}, {type(module).__name__}, does not go through transformers' attention "
             f"interface (in transformers {internals.VERSION}), so the attention engine cannot reach it"
+        )
+
+
+def _check_masks(path: str, module: nn.Module) -> None:
+    """Attention of a module's own has no names to choose from, but it may be FlashAttention, which takes no masks."""
+    name = internals.attention_implementation_of(internals.config_of(module))
+    if "flash" in name:
+        raise UnreachableAttentionError(
+            f"the attention of {path!r} was made as {name!r}, which takes no mask that the attention engine could "
+            "widen; make the model with attn_implementation='eager', or pass engine='cache'"
         )
 
 

@@ -33,6 +33,13 @@ MARK = "_prefixkit_site"
 """The attribute that marks an attention module as a site."""
 
 
+class Witness:
+    """Notes that a state has reached attention. FSDP2 hands copies of dataclasses down, but not of this."""
+
+    def __init__(self) -> None:
+        self.reached = False
+
+
 @dataclass
 class PrefixState:
     """The prefix during one call of one stack.
@@ -46,8 +53,9 @@ class PrefixState:
         dropout: Share of the prefix's numbers dropped in training.
         bias: Relative-position bias of the prefix's columns, ``(batch or 1, heads, queries, P)``;
             ``None`` stands for zeros.
-        reached: Whether any attention has asked for it.
+        witness: Notes whether any attention has asked for it; ``None`` in a compiled graph.
         turns: How often each module that several layers share has called its attention so far, by path.
+        shifts: Whether real tokens were moved behind the prefix.
     """
 
     pieces: dict[str, KeyValue]
@@ -56,8 +64,9 @@ class PrefixState:
     slide: bool
     dropout: float
     bias: torch.Tensor | None = None
-    reached: bool = False
+    witness: Witness | None = None
     turns: dict[str, int] = field(default_factory=dict)
+    shifts: bool = False
     _causal: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     _block_masks: list[tuple[Any, int | None, Any]] = field(default_factory=list)
 
@@ -112,13 +121,16 @@ class SiteMark:
     sites: tuple[Site, ...]
     stack: str
 
-    def site(self, state: PrefixState) -> Site:
-        """The site of the call under way: where layers share the module, the next one in turn."""
+    def site(self, state: PrefixState, *, looks: bool = False) -> Site:
+        """The site of the call under way: where layers share the module, the next one in turn.
+
+        It stays the next one for a call that only ``looks``.
+        """
         path = self.sites[0].path
         if len(self.sites) == 1:
             return self.sites[0]
         turn = state.turns.get(path, 0)
-        state.turns[path] = turn + 1
+        state.turns[path] = turn if looks else turn + 1
         return self.sites[turn % len(self.sites)]
 
 
@@ -173,8 +185,13 @@ class KeepingCheckpoint:
         return self.function(with_states, *args, **kwargs)
 
 
-def find_state(module: nn.Module, arguments: dict[str, Any]) -> tuple[Site, PrefixState] | None:
+def find_state(module: nn.Module, arguments: dict[str, Any], *, looks: bool = False) -> tuple[Site, PrefixState] | None:
     """The site that ``module`` is and the state of the call under way, taken out of ``arguments``.
+
+    Args:
+        module: An attention module.
+        arguments: What it was called with by name.
+        looks: Whether the keys and values of this call come later, so that it is the module's turn still.
 
     Returns:
         ``None`` if it is no site, or while the prefix is disabled.
@@ -195,8 +212,9 @@ def find_state(module: nn.Module, arguments: dict[str, Any]) -> tuple[Site, Pref
             f"the prefix did not reach {mark.sites[0].path!r}: its stack was not called as a module, or does "
             "not hand keyword arguments down to its attention (an adapter says so with hands_down=False)"
         )
-    state.reached = True
-    return mark.site(state), state
+    if state.witness is not None and not looks:
+        state.witness.reached = True
+    return mark.site(state, looks=looks), state
 
 
 def is_served(module: nn.Module) -> bool:
@@ -235,12 +253,13 @@ def in_front(
     if found is None:
         return key, value, mask
     site, state = found
-    if state.seen(site) is not None:
+    seen = state.seen(site)
+    if seen is not None and (mask is None or state.bias is not None):
         raise EngineError("window='slide' is not served here; use window='pinned'")
     if mask is not None and state.bias is not None and site.stack != "cross":
         mask = widen_bias(mask, state.bias, state.num_virtual_tokens, len(key))
     elif mask is not None:
-        mask = state.widened(mask, None, site.window, len(key))
+        mask = state.widened(mask, seen, site.window, len(key))
     key, value = put_before(module, site, state, key, value)
     return key, value, mask
 

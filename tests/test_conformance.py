@@ -8,11 +8,13 @@ import bert_adapter
 import prefixkit_bart
 import prefixkit_llama
 import prefixkit_t5
+import test_prefixkit_legacy
 import test_prefixkit_t5
 import tiny
 import transformers
 from packaging.version import Version
 from test_prefixkit_bart import BESIDE, COMPILED
+from wrong.off_interface import with_site_forward
 
 from prefixkit.testing import Conformance, Deviation
 
@@ -126,6 +128,15 @@ if ON_INTERFACE_BERT:
 
         def make_model(self):
             return tiny.MAKERS["roberta"]()
+
+
+class TestGPTJThroughTheCache(Conformance):
+    """An adapter that brings no attention for a model off the interface: the cache engine alone."""
+
+    adapter = with_site_forward(test_prefixkit_legacy.TestGPTJ.adapter, None)
+
+    def make_model(self):
+        return test_prefixkit_legacy.TestGPTJ.make_model(self)
 
 
 class TestLlamaBeside(LlamaLike):

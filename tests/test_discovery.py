@@ -182,7 +182,8 @@ def test_the_two_methods_differ_in_one_option():
 
 def test_the_installed_plugins():
     infos = {info.distribution: info for info in prefixkit.plugins() if info.distribution.startswith("prefixkit-")}
-    assert {"prefixkit-gpt2", "prefixkit-llama", "prefixkit-t5", "prefixkit-bart", "prefixkit-encoders"} <= infos.keys()
+    ours = ("gpt2", "llama", "t5", "bart", "encoders", "legacy")
+    assert {f"prefixkit-{name}" for name in ours} <= infos.keys()
     assert all(info.error is None for info in infos.values())
     llama = infos["prefixkit-llama"]
     assert sorted(llama.model_types) == sorted(llama.entry_points), "each cousin is found by its own name"

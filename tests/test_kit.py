@@ -8,13 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import prefixkit_legacy
 import pytest
 from test_prefixkit_llama import TestLlama as Llama
 
 from prefixkit.testing import Conformance
 
 RUN = Path(__file__).parent / "wrong" / "run.py"
-HALVES = (("adapters", "lives"), ("attention_engines", "cache_engines"))
+OFF = ("off_interface",) if prefixkit_legacy.serves_attention() else ()
+HALVES = (("adapters", "lives", *OFF), ("attention_engines", "cache_engines"))
 """The files of wrong subjects, for two processes side by side."""
 UNPROVEN = {
     "they run in processes of their own, where nothing is planted": {

@@ -12,7 +12,7 @@ import pytest
 import prefixkit
 
 PACKAGE = Path(prefixkit.__file__).parent
-PLUGINS = ("prefixkit_gpt2", "prefixkit_llama", "prefixkit_t5", "prefixkit_bart")
+PLUGINS = ("prefixkit_gpt2", "prefixkit_llama", "prefixkit_t5", "prefixkit_bart", "prefixkit_legacy")
 
 
 @pytest.mark.parametrize("module", ["prefixkit", "prefixkit.hookspecs", "prefixkit.discovery", *PLUGINS])

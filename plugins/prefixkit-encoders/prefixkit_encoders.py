@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import prefixkit
 from prefixkit import (
     Adapter,
     EngineError,
@@ -19,7 +20,6 @@ from prefixkit import (
     UnsupportedModelError,
     find_stack,
     hookimpl,
-    in_front,
     join_path,
 )
 
@@ -42,7 +42,7 @@ def attend(module, query, key, value, mask=None):
     """
     from torch.nn import functional
 
-    key, value, mask = in_front(module, key, value, mask)
+    key, value, mask = prefixkit.in_front(module, key, value, mask)
     scores = query @ key.transpose(-1, -2)
     scores = scores if mask is None else scores + mask
     weights = functional.softmax(scores, dim=-1)

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import prefixkit
-from prefixkit.testing.recording import recorded_calls, set_attention_implementation, uncompiled
+from prefixkit.testing.recording import (
+    recorded_calls,
+    seen_inside,
+    set_attention_implementation,
+    uncompiled,
+)
 from prefixkit.testing.subject import TOKENS, Subject
 from prefixkit.testing.traits import needs
 
@@ -133,6 +138,8 @@ def _seen_by_the_bare_model(subject: Subject) -> dict[str, torch.Tensor]:
     ids = subject.tokens(1, TOKENS + LENGTH)
     with recorded_calls(model) as calls:
         subject.logits(model, input_ids=ids)
+    if not subject.traits.on_interface:
+        return {call.path: seen_inside(model, call.path, ids)[TOKENS:, :TOKENS] for call in calls}
     seen = {}
     for call in calls:
         assert call.mask is not None

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCall:
-    """One call of the attention function.
+    """One call of the attention function; off the interface, one update of the cache, or what is computed so.
 
     Attributes:
         path: The module that called.
@@ -20,11 +20,13 @@ class AttentionCall:
         value: ``(batch, kv_heads, keys, value_dim)``.
         mask: What the attention function was given.
         options: Its further keyword arguments.
+        layer: Which layer of the cache is updated; ``None`` for the attention function.
     """
 
     path: str
-    query: torch.Tensor
+    query: torch.Tensor | None
     key: torch.Tensor
     value: torch.Tensor
     mask: torch.Tensor | None
     options: dict[str, Any]
+    layer: int | None = None

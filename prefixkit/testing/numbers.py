@@ -140,7 +140,7 @@ class Numbers:
             subject.apply(model, engine="cache", stacks=("encoder",), window="slide")
         assert _belongings(model) == before
 
-    @needs("by_attention")
+    @needs("reachable")
     def test_one_layer_alone(self, subject: Subject) -> None:
         """With layers= the prefix stands in those layers alone, and trains there."""
         sites = prefixkit.sites(subject.with_prefix())
@@ -159,7 +159,7 @@ def _belongings(model: PreTrainedModel) -> dict[str, object]:
         "parameters": {name: value.requires_grad for name, value in model.named_parameters()},
         "buffers": list(model.state_dict()),
         "attributes": sorted(vars(model)),
-        "answers": {name: value for name, value in vars(model).items() if callable(value)},
+        "answers": [{name: value for name, value in vars(module).items() if callable(value)} for module in modules],
         "hooks": [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in modules],
         "attention": [attention_implementation_of(config) for config in configs],
     }

@@ -30,7 +30,7 @@ class Parallel:
         with subject.may_refuse(engine):
             _same_gradients(subject, jobs.sharded_gradients, engine=engine, method=method)
 
-    @needs("checkpoints", "by_attention", "on_cpu")
+    @needs("checkpoints", "reachable", "on_cpu")
     @pytest.mark.parametrize("kind", ["replicated", "sharded"])
     def test_parallel_checkpointing(self, subject: Subject, kind: str) -> None:
         """DDP and FSDP2 with gradient checkpointing give the gradients of one process without."""

@@ -17,8 +17,8 @@ import prefixkit
 from prefixkit.adapter import PositionTable, Site, join_path
 from prefixkit.testing.arithmetic import AlonePrompt, InFront, watched
 from prefixkit.testing.recording import recorded_calls, uncompiled
+from prefixkit.testing.scores import ChangedScores, bias_of
 from prefixkit.testing.subject import TOKENS, Subject
-from prefixkit.transformers_internals import self_and_cross
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,30 +47,22 @@ class PromptOracle:
 
     def flat(self, sites: Sequence[Site]) -> torch.Tensor:
         """The flat prefix ``(P, width)`` that holds the prompt's keys and values, written out plainly."""
-        inputs = {"input_ids": self.source, "use_cache": False}
+        inputs: dict[str, Any] = {"input_ids": self.source}
+        if self.subject.traits.on_interface:
+            inputs["use_cache"] = False
         if self.subject.is_encoder_decoder:
             inputs["decoder_input_ids"] = self.target
         elif self.subject.traits.encodes:
-            del inputs["use_cache"]
-        held = self._held(inputs, sites)
+            inputs.pop("use_cache", None)
+        with recorded_calls(self.model) as calls:
+            self.subject.logits(self.model, **inputs)
+        held = {call.path: call for call in calls}
         order = ("encoder", "decoder", "cross")
         columns: list[torch.Tensor] = []
         for site in sorted(sites, key=lambda site: (order.index(site.stack), site.layer)):
-            for part in held[site.path]:
+            for part in (held[site.path].key[0], held[site.path].value[0]):
                 columns.extend(part[head] for head in range(len(part)))
         return torch.cat(columns, dim=1)
-
-    def _held(self, inputs: dict[str, Any], sites: Sequence[Site]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of the prompt by site: from the attention calls, or from the cache if none can be seen."""
-        if self.subject.traits.by_attention:
-            with recorded_calls(self.model) as calls:
-                self.subject.logits(self.model, **inputs)
-            return {call.path: (call.key[0], call.value[0]) for call in calls}
-        with torch.no_grad():
-            cache = self.model(**{**inputs, "use_cache": True}).past_key_values
-        parts: dict[str, Any] = dict(zip(("decoder", "cross"), self_and_cross(cache), strict=True))
-        layers = {site.path: parts[site.stack].layers[site.layer] for site in sites}
-        return {path: (layer.keys[0], layer.values[0]) for path, layer in layers.items()}
 
     def logits(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The bare model's outputs for the text, with the prompt in front of it."""
@@ -84,6 +76,8 @@ class PromptOracle:
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if not subject.traits.decodes:
             arguments["attention_mask"] = self._mask(len(text), causal=False, queries=length, keys=length)
+        elif not subject.traits.on_interface:
+            return self._off_the_interface(arguments, length)[:, TOKENS:]
         elif subject.traits.windowed and self.policies.pinned:
             arguments["attention_mask"] = self._windowed_masks(arguments)
         if self.policies.shift:
@@ -91,9 +85,23 @@ class PromptOracle:
         if not subject.traits.position_ids:
             stack = "decoder" if subject.traits.decodes else "encoder"
             return self._with_moved_table(stack, self.model, arguments, length)[:, TOKENS:]
-        places = torch.cat([torch.arange(TOKENS), torch.arange(length)]) + subject.traits.first_position
-        arguments["position_ids"] = places.expand(len(text), -1).to(ids.device)
+        arguments["position_ids"] = self._unmoved_places(ids, length)
         return subject.logits(self.model, **arguments)[:, TOKENS:]
+
+    def _unmoved_places(self, ids: torch.Tensor, length: int) -> torch.Tensor:
+        """Position ids that start anew behind the prompt."""
+        places = torch.cat([torch.arange(TOKENS), torch.arange(length)]) + self.subject.traits.first_position
+        return places.repeat(len(ids), 1).to(ids.device)
+
+    def _off_the_interface(self, arguments: dict[str, Any], length: int) -> torch.Tensor:
+        """Outputs of one causal stack that takes no mask of ours: its scores are changed inside of it."""
+        bias = None
+        if not self.policies.shift and self.subject.traits.position_ids:
+            arguments["position_ids"] = self._unmoved_places(arguments["input_ids"], length)
+        if not self.policies.shift:
+            bias = bias_of(self.model, arguments)
+        with ChangedScores(TOKENS + length, bias=bias, pinned=self.policies.pinned):
+            return self.subject.logits(self.model, **arguments)
 
     def _encoder_decoder(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """As :meth:`_one_stack`; the encoder's prompt is read by encoder and cross-attention."""
@@ -219,7 +227,7 @@ def text_as_prompt(subject: Subject, *, engine: str, attention: str, shift: bool
     # The config has "none" where no position can be moved.
     shift = prefixkit.config(model).positions == "shift"
     policies = Policies(encoder=engine == "attention", shift=shift, pinned=pinned)
-    kind = PlainOracle if subject.traits.by_attention and not subject.traits.on_interface else PromptOracle
+    kind = PlainOracle if subject.traits.encodes and not subject.traits.on_interface else PromptOracle
     oracle = kind(subject, policies)
     sites = prefixkit.sites(model)
     flat = oracle.flat(sites)

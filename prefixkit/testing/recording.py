@@ -1,4 +1,9 @@
-"""What a forward pass of a bare model really calls, seen without any adapter."""
+"""What a forward pass of a bare model really calls, seen without any adapter.
+
+Attention on transformers' attention interface is seen at the attention function. Other attention is seen
+where it updates its cache: which module does that, with which keys and values, and for which layer. Without
+a cache it is found in what a model computes.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +11,12 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.cache_utils import Cache
 
 from prefixkit.testing.arithmetic import Watch, watched
 from prefixkit.testing.attention_call import AttentionCall
@@ -32,7 +40,12 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
 
 
 def set_attention_implementation(model: PreTrainedModel, name: str) -> None:
-    """Also for stacks with a config of their own, which some versions of transformers leave out."""
+    """Also for stacks with a config of their own, which some versions of transformers leave out.
+
+    Off the interface it is settled when a model is made.
+    """
+    if not is_on_interface(model):
+        return
     stacks: list[Any] = [module for module in model.modules() if hasattr(module, "set_attn_implementation")]
     for stack in stacks:
         stack.set_attn_implementation(name)
@@ -59,14 +72,15 @@ def eager_functions(model: PreTrainedModel) -> dict[str, Any]:
 def recorded_calls(model: PreTrainedModel) -> Iterator[list[AttentionCall]]:
     """The attention calls of the bare ``model`` inside the block, in order; it runs eager attention there.
 
-    Where it calls no attention function, they are found in what it computes.
+    Off the interface a model that takes a cache runs with one, whatever its config says. In one that takes
+    none the calls are found in what it computes.
     """
     eager = eager_functions(model)
     if not eager:
-        with watched(Watch(model)) as watch:
-            yield watch.found
+        with _off_the_interface(model) as calls:
+            yield calls
         return
-    calls: list[AttentionCall] = []
+    calls = []
     paths = {id(module): path for path, module in model.named_modules()}
 
     def recorder(function: Any) -> Any:
@@ -87,3 +101,103 @@ def recorded_calls(model: PreTrainedModel) -> Iterator[list[AttentionCall]]:
         finally:
             for name, function in eager.items():
                 setattr(sys.modules[name], EAGER, function)
+
+
+def is_on_interface(model: PreTrainedModel) -> bool:
+    """Whether the model's attention is written for transformers' attention interface."""
+    return bool(eager_functions(model))
+
+
+@contextmanager
+def _off_the_interface(model: PreTrainedModel) -> Iterator[list[AttentionCall]]:
+    if model.can_generate() and "past_key_values" in signature(model.forward).parameters:
+        with _with_cache(model), _recorded_updates(model) as calls:
+            yield calls
+    else:
+        with watched(Watch(model)) as watch:
+            yield watch.found
+
+
+@contextmanager
+def _with_cache(model: PreTrainedModel) -> Iterator[None]:
+    before = getattr(model.config, "use_cache", None)
+    model.config.use_cache = True
+    try:
+        yield
+    finally:
+        model.config.use_cache = before
+
+
+@contextmanager
+def _recorded_updates(model: PreTrainedModel) -> Iterator[list[AttentionCall]]:
+    """The updates of the cache inside the block, each with the innermost module that runs."""
+    calls: list[AttentionCall] = []
+    running: list[str] = []
+    original = Cache.update
+
+    def update(cache: Any, key: Any, value: Any, layer_idx: int, *args: Any, **options: Any) -> Any:
+        keys, values = original(cache, key, value, layer_idx, *args, **options)
+        calls.append(
+            AttentionCall(path=running[-1], query=None, key=keys, value=values, mask=None, options={}, layer=layer_idx)
+        )
+        return keys, values
+
+    handles = []
+    for path, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(partial(_enter, running, path)))
+        handles.append(module.register_forward_hook(partial(_leave, running), always_call=True))
+    try:
+        Cache.update = update  # type: ignore[assignment,method-assign]
+        yield calls
+    finally:
+        Cache.update = original  # type: ignore[method-assign]
+        for handle in handles:
+            handle.remove()
+
+
+def _enter(running: list[str], path: str, *_: Any) -> None:
+    running.append(path)
+
+
+def _leave(running: list[str], *_: Any) -> None:
+    running.pop()
+
+
+def seen_inside(model: PreTrainedModel, path: str, ids: torch.Tensor) -> torch.Tensor:
+    """Which tokens each query of the attention module ``path`` sees, ``(tokens, tokens)``, found out by perturbation.
+
+    One token's vector at a time is changed at the entrance of that module, so that nothing but a direct
+    look at it can change another's output.
+    """
+    attention = model.get_submodule(path)
+
+    def output(changed: int | None) -> torch.Tensor:
+        kept: list[torch.Tensor] = []
+
+        def before(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+            states = (args[0] if args else options["hidden_states"]).clone()
+            if changed is not None:
+                states[:, changed] += 1 + states[:, changed].flip(-1)
+            return ((states, *args[1:]), options) if args else (args, {**options, "hidden_states": states})
+
+        handles = [
+            attention.register_forward_pre_hook(before, with_kwargs=True),
+            attention.register_forward_hook(lambda *call: kept.append(call[-1][0])),
+        ]
+        try:
+            with torch.no_grad():
+                model(input_ids=ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return kept[0][0]
+
+    plain = output(None)
+    changes = [(output(token) - plain).abs().amax(-1) > 1e-6 for token in range(ids.shape[1])]
+    return torch.stack(changes, dim=1)
+
+
+def window_inside(model: PreTrainedModel, path: str, ids: torch.Tensor) -> int | None:
+    """How many tokens the last query of the attention module ``path`` sees; ``None``: all of them."""
+    seen = int(seen_inside(model, path, ids)[-1].sum())
+    return None if seen == ids.shape[1] else seen

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 import prefixkit
 from prefixkit.layout import Layout
 from prefixkit.testing.attention_call import AttentionCall
-from prefixkit.testing.recording import recorded_calls
+from prefixkit.testing.recording import recorded_calls, window_inside
 from prefixkit.testing.subject import TOKENS, Subject
-from prefixkit.testing.traits import needs
+from prefixkit.testing.traits import LONGER
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TARGETS = 4
 
 
 class Sites:
     """The adapter's sites against the attention calls of a forward pass."""
 
-    @needs("by_attention")
     def test_sites_are_the_attention_calls(self, subject: Subject) -> None:
         """Sites are exactly the attention calls of a forward pass."""
         model = subject.bare()
-        inputs = subject.inputs(length=7, targets=4)
+        inputs = subject.inputs(length=7, targets=TARGETS)
         with recorded_calls(model) as calls:
             subject.logits(model, **inputs)
         found = _described(subject, model, calls)
@@ -81,9 +87,9 @@ class Sites:
 Described = set[tuple[str, str, int, int, int, int, int | None]]
 
 
-def _described(subject: Subject, model: torch.nn.Module, calls: list[AttentionCall]) -> Described:
+def _described(subject: Subject, model: PreTrainedModel, calls: list[AttentionCall]) -> Described:
     """Recorded calls as path, stack, layer, kv_heads, key_dim, value_dim and window."""
-    encoder = model.get_encoder() if subject.is_encoder_decoder else None  # type: ignore[operator]
+    encoder = model.get_encoder() if subject.is_encoder_decoder else None
     inside = {id(module) for module in encoder.modules()} if encoder is not None else set()
     counts: dict[str, int] = {}
     described: Described = set()
@@ -93,10 +99,12 @@ def _described(subject: Subject, model: torch.nn.Module, calls: list[AttentionCa
         elif id(model.get_submodule(call.path)) in inside:
             stack = "encoder"
         else:
-            stack = "decoder" if call.key.shape[2] == call.query.shape[2] else "cross"
-        layer = counts.get(stack, 0)
+            stack = "decoder" if call.key.shape[2] == TARGETS else "cross"
+        layer = counts.get(stack, 0) if call.layer is None else call.layer
         counts[stack] = layer + 1
         window = call.options.get("sliding_window")
+        if not subject.traits.on_interface:
+            window = window_inside(model, call.path, subject.tokens(1, LONGER))
         heads = (call.key.shape[1], call.key.shape[3], call.value.shape[3])
         described.add((call.path, stack, layer, *heads, window))
     return described

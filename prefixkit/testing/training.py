@@ -52,7 +52,7 @@ class Training:
         else:
             _assert_equal([found], [expected])
 
-    @needs("checkpoints", "by_attention")
+    @needs("checkpoints", "reachable")
     def test_dropout_of_the_prefix_is_the_same_when_recomputed(self, subject: Subject) -> None:
         """Dropout of the prefix drops the same part when layers are recomputed, and nothing in evaluation."""
         model = subject.with_prefix(training=True, prefix_dropout=0.5)

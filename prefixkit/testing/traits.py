@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from prefixkit.testing.recording import eager_functions, recorded_calls, uncompiled
+from prefixkit.testing.recording import is_on_interface, recorded_calls, uncompiled, window_inside
+from prefixkit.transformers_internals import attention_implementation_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 Test = TypeVar("Test", bound=Callable[..., Any])
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
+LONGER = 12
+"""Tokens of a text that is longer than a window."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +29,11 @@ class Traits:
     """What a bare model can do.
 
     Attributes:
+        on_interface: Its attention goes through transformers' attention interface.
+        reachable: The attention engine can serve it: it is on the interface, or the adapter brings a
+            ``site_forward``.
         encodes: It has an encoder.
         decodes: It has a decoder, whose attention is causal.
-        on_interface: Its attention goes through transformers' attention interface.
         generates: It has ``generate``.
         windowed: Some of its layers have a sliding window.
         biased: Positions enter as a bias on the attention scores.
@@ -39,9 +44,10 @@ class Traits:
         implementations: The attention implementations that it runs with, bare, and with the same outputs.
     """
 
+    on_interface: bool
+    reachable: bool
     encodes: bool
     decodes: bool
-    on_interface: bool
     generates: bool
     windowed: bool
     biased: bool
@@ -87,14 +93,9 @@ class Traits:
         return self.decodes
 
     @property
-    def by_attention(self) -> bool:
-        """The attention engine can serve it: off the interface through a ``site_forward``, if no cache will do."""
-        return self.on_interface or not self.caches
-
-    @property
     def engines(self) -> tuple[str, ...]:
         """The engines that can serve it."""
-        return (("attention",) if self.by_attention else ()) + (("cache",) if self.caches else ())
+        return (("attention",) if self.reachable else ()) + (("cache",) if self.caches else ())
 
     @property
     def both_engines(self) -> bool:
@@ -107,22 +108,26 @@ def traits_of(subject: Subject, *, accelerated: bool) -> Traits:
     model = subject.bare()
     with recorded_calls(model) as calls:
         subject.logits(model, **subject.inputs(batch=1))
-    on_interface = bool(eager_functions(model))
     both = model.config.is_encoder_decoder
-    causal = both or any(_is_causal(call.mask) for call in calls)
+    causal = both or _is_causal(subject, model)
+    on_interface = is_on_interface(model)
+    windows = [call.options.get("sliding_window") for call in calls]
+    if causal and not on_interface:
+        windows = [window_inside(model, call.path, subject.tokens(1, LONGER)) for call in calls]
+    own = attention_implementation_of(model.config)  # off the interface it is settled when a model is made
     return Traits(
+        on_interface=on_interface,
+        reachable=on_interface or any(stack.site_forward is not None for stack in subject.adapter.stacks(model)),
         encodes=both or not causal,
         decodes=causal,
-        on_interface=on_interface,
         generates=causal and model.can_generate(),
-        windowed=any(call.options.get("sliding_window") for call in calls),
+        windowed=any(windows),
         biased=any(call.options.get("position_bias") is not None for call in calls),
         position_ids="position_ids" in signature(model.forward).parameters,
         first_position=_first_position(subject, model),
         checkpoints=bool(model.supports_gradient_checkpointing),
         accelerated=accelerated,
-        # Off the interface there is the model's own attention, whatever name it is given.
-        implementations=tuple(name for name in IMPLEMENTATIONS[: None if on_interface else 1] if _runs(subject, name)),
+        implementations=tuple(name for name in IMPLEMENTATIONS if _runs(subject, name)) if on_interface else (own,),
     )
 
 
@@ -140,9 +145,13 @@ def _first_position(subject: Subject, model: PreTrainedModel) -> int:
     raise AssertionError("position_ids from 0 to 7 as the first all give other outputs than none")
 
 
-def _is_causal(mask: Any) -> bool:
-    """Whether an eager mask hides all later tokens from the first one (a window to both sides hides some)."""
-    return mask is not None and mask.shape[-2] > 1 and bool((mask[..., 0, 1:] < 0).all())
+def _is_causal(subject: Subject, model: PreTrainedModel) -> bool:
+    """Whether the last token changes no output before its own."""
+    ids = subject.inputs(batch=1)["input_ids"]
+    other = ids.clone()
+    other[0, -1] = next(token for token in subject.tokens(40) if token != ids[0, -1])
+    before, after = (subject.logits(model, input_ids=each)[:, :-1] for each in (ids, other))
+    return torch.allclose(before, after, atol=1e-5)
 
 
 def _runs(subject: Subject, name: str) -> bool:

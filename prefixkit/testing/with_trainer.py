@@ -38,7 +38,7 @@ class WithTrainer:
         with subject.may_refuse(engine):
             _resume(subject, tmp_path, engine=engine, method=method)
 
-    @needs("checkpoints", "by_attention")
+    @needs("checkpoints", "reachable")
     @trainer_pins_memory
     def test_resume_under_checkpointing(self, subject: Subject, method: str, tmp_path: Path) -> None:
         """Resume under gradient checkpointing ends at the prefix of an uninterrupted run."""

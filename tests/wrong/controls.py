@@ -39,3 +39,19 @@ class TestBartDecoder(right.BartDecoder):
 
 class TestBert(right.Bert):
     pass
+
+
+class TestGptJ(right.GptJ):
+    pass
+
+
+class TestGptNeo(right.GptNeo):
+    pass
+
+
+class TestBloom(right.Bloom):
+    pass
+
+
+class TestMpt(right.Mpt):
+    pass

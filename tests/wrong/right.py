@@ -10,6 +10,7 @@ import prefixkit_gpt2
 import prefixkit_llama
 import prefixkit_t5
 import pytest
+import test_prefixkit_legacy
 import tiny
 from transformers import (
     BartForCausalLM,
@@ -139,3 +140,39 @@ class Bert(Subject):
         sizes = {"vocab_size": tiny.VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
         quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": tiny.PAD}
         return BertForMaskedLM(BertConfig(**sizes, **quiet, num_attention_heads=4, max_position_embeddings=96))
+
+
+class GptJ(Subject):
+    """Its attention is not on the interface."""
+
+    adapter = test_prefixkit_legacy.TestGPTJ.adapter
+
+    def make_model(self):
+        return test_prefixkit_legacy.TestGPTJ.make_model(self)
+
+
+class GptNeo(Subject):
+    """Nor is this one's, and it has windows."""
+
+    adapter = test_prefixkit_legacy.TestGPTNeo.adapter
+
+    def make_model(self):
+        return test_prefixkit_legacy.TestGPTNeo.make_model(self)
+
+
+class Bloom(Subject):
+    """A linear bias."""
+
+    adapter = test_prefixkit_legacy.TestBLOOM.adapter
+
+    def make_model(self):
+        return test_prefixkit_legacy.TestBLOOM.make_model(self)
+
+
+class Mpt(Subject):
+    """A linear bias that counts padding."""
+
+    adapter = test_prefixkit_legacy.TestMPT.adapter
+
+    def make_model(self):
+        return test_prefixkit_legacy.TestMPT.make_model(self)

@@ -1,0 +1,71 @@
+"""What attention off transformers' attention interface is refused with, and which engine it gets."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import prefixkit_legacy
+import pytest
+import test_prefixkit_legacy
+import tiny
+import torch
+from wrong.off_interface import with_site_forward
+
+import prefixkit
+from prefixkit.attachment import find
+from prefixkit.errors import EngineError
+
+GPTJ = test_prefixkit_legacy.TestGPTJ
+pytestmark = pytest.mark.skipif(not prefixkit_legacy.serves_attention(), reason="the cache engine alone serves it here")
+
+
+def apply(adapter, model=None, **options):
+    model = model or GPTJ().make_model().eval()
+    return prefixkit.apply(model, num_virtual_tokens=3, adapter=adapter, **options)
+
+
+def engine_of(model):
+    return find(model).engine.name
+
+
+def test_the_engine_is_chosen_by_what_the_adapter_brings():
+    assert engine_of(apply(GPTJ.adapter)) == "attention"
+    assert engine_of(apply(with_site_forward(GPTJ.adapter, None))) == "cache"
+
+
+def test_flash_attention_gets_the_cache_engine():
+    def made():
+        model = GPTJ().make_model()
+        model.config._attn_implementation_internal = "flash_attention_2"
+        return model
+
+    assert engine_of(apply(GPTJ.adapter, made())) == "cache"
+    with pytest.raises(EngineError, match="^the attention of 'transformer' was made as 'flash_attention_2'"):
+        apply(GPTJ.adapter, made(), engine="attention")
+
+
+def test_a_forward_of_another_version_is_named():
+    model = apply(with_site_forward(GPTJ.adapter, partial(prefixkit.through_cache, cache_name="past_key_value")))
+    with pytest.raises(
+        EngineError, match="^GPTJAttention.forward takes no 'past_key_value' in transformers .*layer_past"
+    ):
+        model(tiny.tokens(4)[None])
+
+
+def test_attention_that_leaves_its_cache_aside_is_named(monkeypatch):
+    def forward(self, hidden_states, layer_past=None, attention_mask=None, **_):
+        return hidden_states, None
+
+    model = apply(GPTJ.adapter)
+    monkeypatch.setattr(type(model.transformer.h[0].attn), "forward", forward)
+    monkeypatch.setattr(prefixkit.site_forward, "_read_parameters", lambda cls: ("layer_past", "attention_mask"))
+    with pytest.raises(EngineError, match="^GPTJAttention.forward does not use its 'layer_past'; pass engine='cache'$"):
+        model(tiny.tokens(4)[None])
+
+
+@pytest.mark.parametrize("engine", ["attention", "cache"])
+def test_the_attention_engine_leaves_the_cache_alone(engine):
+    model = apply(GPTJ.adapter, engine=engine)
+    with torch.no_grad():
+        cache = model(tiny.tokens(4)[None], use_cache=True).past_key_values
+    assert cache.get_seq_length() == (4 if engine == "attention" else 7)
