@@ -72,8 +72,9 @@ class Attention:
                 ids = inputs[name].clone()
                 ids[0, place] = next(token for token in range(3, 9) if token != ids[0, place])
                 after = subject.logits(model, **{**inputs, name: ids})
-                assert torch.equal(after[:, :place], before[:, :place])
-                later = (after[:, place:] != before[:, place:]).any(-1)
+                changes = (after - before).abs().amax(-1)  # experts sum in another order: not to the last bit
+                assert (changes[:, :place] < 1e-5).all()
+                later = changes[:, place:] > 1e-5
                 assert later.all(), f"token {place} is seen by {later.tolist()} from itself on"
 
     def test_padding_is_not_seen(self, subject: Subject, engine: str, attention: str, side: str) -> None:

@@ -46,7 +46,7 @@ class Numbers:
             for one, other in zip(*results, strict=True):
                 torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
 
-    @needs("decoder_only")
+    @needs("decoder_only", "caches")
     def test_native_cache_on_the_bare_model(self, subject: Subject, method: str) -> None:
         """The bare model on to_cache() gives the outputs of the model with the prefix."""
         model = subject.with_prefix(method=method, **subject.cacheable("cache"))

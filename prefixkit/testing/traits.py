@@ -15,6 +15,7 @@ from prefixkit.transformers_internals import attention_implementation_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from prefixkit.testing.attention_call import AttentionCall
     from prefixkit.testing.subject import Subject
 
 Test = TypeVar("Test", bound=Callable[..., Any])
@@ -34,6 +35,8 @@ class Traits:
             ``site_forward``.
         encodes: It has an encoder.
         decodes: It has a decoder, whose attention is causal.
+        keeps: Its native cache keeps what its attention is given, one layer for each call: no latents, no
+            layers that share keys, none of another kind.
         generates: It has ``generate``.
         windowed: Some of its layers have a sliding window.
         biased: Positions enter as a bias on the attention scores.
@@ -48,6 +51,7 @@ class Traits:
     reachable: bool
     encodes: bool
     decodes: bool
+    keeps: bool
     generates: bool
     windowed: bool
     biased: bool
@@ -90,7 +94,7 @@ class Traits:
     @property
     def caches(self) -> bool:
         """Part of it takes a key-value cache, so the cache engine can serve that part."""
-        return self.decodes
+        return self.decodes and self.keeps
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -120,6 +124,7 @@ def traits_of(subject: Subject, *, accelerated: bool) -> Traits:
         reachable=on_interface or any(stack.site_forward is not None for stack in subject.adapter.stacks(model)),
         encodes=both or not causal,
         decodes=causal,
+        keeps=not on_interface or both or _keeps(subject, model, calls),
         generates=causal and model.can_generate(),
         windowed=any(windows),
         biased=any(call.options.get("position_bias") is not None for call in calls),
@@ -129,6 +134,17 @@ def traits_of(subject: Subject, *, accelerated: bool) -> Traits:
         accelerated=accelerated,
         implementations=tuple(name for name in IMPLEMENTATIONS if _runs(subject, name)) if on_interface else (own,),
     )
+
+
+def _keeps(subject: Subject, model: PreTrainedModel, calls: list[AttentionCall]) -> bool:
+    """Whether the native cache of a decoder has a layer of the same shape for each attention call."""
+    if "use_cache" not in signature(model.forward).parameters:
+        return False
+    with torch.no_grad():
+        cache = model(**subject.inputs(batch=1), use_cache=True).get("past_key_values")
+    kept = [getattr(layer, "keys", None) for layer in getattr(cache, "layers", ())]
+    shapes = [None if key is None else (key.shape[1], key.shape[3]) for key in kept]
+    return shapes == [(call.key.shape[1], call.key.shape[3]) for call in calls]
 
 
 def _first_position(subject: Subject, model: PreTrainedModel) -> int:

@@ -45,6 +45,7 @@ class TestBLOOM(Legacy):
         return transformers.BloomForCausalLM(transformers.BloomConfig(**SPECIAL, **sizes))
 
 
+@pytest.mark.slow
 class TestMPT(Legacy):
     adapter = ADAPTERS["mpt"]
 
@@ -84,6 +85,7 @@ LOADED = Deviation(
 )
 
 
+@pytest.mark.slow
 class TestFalconGroups(Falcon):
     """Groups of heads, which Falcon repeats before it caches them."""
 
@@ -93,6 +95,7 @@ class TestFalconGroups(Falcon):
         return self.falcon("eager", new_decoder_architecture=True, num_kv_heads=2)
 
 
+@pytest.mark.slow
 class TestFalconALiBi(Falcon):
     deviations = (
         *Falcon.deviations,
@@ -108,6 +111,7 @@ class TestFalconALiBi(Falcon):
         return self.falcon(alibi=True, multi_query=False, parallel_attn=False, bias=True)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 class TestFalconALiBiEager(Falcon):
     """Its eager attention adds the bias twice."""
@@ -125,6 +129,7 @@ class TestGPTJ(Legacy):
         return transformers.GPTJForCausalLM(transformers.GPTJConfig(**SPECIAL, **GPT, **QUIET))
 
 
+@pytest.mark.slow
 class TestCodeGen(Legacy):
     adapter = ADAPTERS["codegen"]
 
@@ -132,6 +137,7 @@ class TestCodeGen(Legacy):
         return transformers.CodeGenForCausalLM(transformers.CodeGenConfig(**SPECIAL, **GPT, **QUIET, n_ctx=96))
 
 
+@pytest.mark.slow
 class TestGPTNeo(Legacy):
     adapter = ADAPTERS["gpt_neo"]
 
@@ -141,6 +147,7 @@ class TestGPTNeo(Legacy):
         return transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**SPECIAL, **sizes, **windows))
 
 
+@pytest.mark.slow
 class TestGPTNeoXJapanese(Legacy):
     adapter = ADAPTERS["gpt_neox_japanese"]
 
@@ -151,6 +158,7 @@ class TestGPTNeoXJapanese(Legacy):
         return transformers.GPTNeoXJapaneseForCausalLM(config)
 
 
+@pytest.mark.slow
 class TestXGLM(Legacy):
     adapter = ADAPTERS["xglm"]
     deviations = (*ONE_GRAPH, *UNPACKED)
