@@ -35,7 +35,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def slow(session: nox.Session) -> None:
-    """The tests marked slow, and all property tests with many more examples."""
+    """The tests marked slow or rare, and all property tests with many more examples."""
     session.run("pytest", "-m", "not gpu", *session.posargs, env={"HYPOTHESIS_PROFILE": "thorough"})
 
 
@@ -43,7 +43,7 @@ def slow(session: nox.Session) -> None:
 def conformance(session: nox.Session) -> None:
     """All tests of the conformance kit, and the table of the documentation."""
     table = ("-p", "prefixkit.testing.report", "--conformance-table", "docs/reference/conformance.md")
-    session.run("pytest", "-m", "conformance and not gpu", *table, "plugins", "tests", *session.posargs)
+    session.run("pytest", "-m", "conformance and not rare and not gpu", *table, "plugins", "tests", *session.posargs)
 
 
 @nox.session

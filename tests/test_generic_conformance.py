@@ -31,7 +31,7 @@ class TestOPT(Generic):
 class TestDeepseekV3(Generic):
     """Keys and values of different sizes; a cache of latents."""
 
-    pytestmark = [pytest.mark.conformance, pytest.mark.slow]  # noqa: RUF012 - pytest wants a list
+    pytestmark = [pytest.mark.conformance, pytest.mark.rare]  # noqa: RUF012 - pytest wants a list
 
     def make_model(self):
         return build("causal", "deepseek_v3").model
@@ -40,7 +40,7 @@ class TestDeepseekV3(Generic):
 class TestGemma3n(Generic):
     """Layers that share keys and values."""
 
-    pytestmark = [pytest.mark.conformance, pytest.mark.slow]  # noqa: RUF012 - pytest wants a list
+    pytestmark = [pytest.mark.conformance, pytest.mark.rare]  # noqa: RUF012 - pytest wants a list
 
     def make_model(self):
         return build("causal", "gemma3n_text").model

@@ -1,4 +1,4 @@
-"""The adapters pass the conformance kit, family by family; the rarer ones' tests are slow."""
+"""The adapters pass the conformance kit, family by family; the rarer ones' tests are marked so."""
 
 from __future__ import annotations
 
@@ -71,6 +71,7 @@ class TestDebertaV2(Encoder):
         return transformers.DebertaV2ForMaskedLM(config)
 
 
+@pytest.mark.rare
 class TestDeberta(Encoder):
     deviations = TestDebertaV2.deviations
 
@@ -84,17 +85,19 @@ class TestMPNet(Encoder):
         return transformers.MPNetForMaskedLM(transformers.MPNetConfig(**SIZES))
 
 
+@pytest.mark.rare
 class TestRoFormer(Encoder):
     def make_model(self):
         return transformers.RoFormerForMaskedLM(transformers.RoFormerConfig(**SIZES, rotary_value=True))
 
 
+@pytest.mark.rare
 class TestMegatronBert(Encoder):
     def make_model(self):
         return transformers.MegatronBertForMaskedLM(transformers.MegatronBertConfig(**SIZES))
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 class TestRemBert(Encoder):
     def make_model(self):
         sizes = {"input_embedding_size": 16, "output_embedding_size": 24}
@@ -107,7 +110,7 @@ class TestLuke(Encoder):
         return transformers.LukeForMaskedLM(transformers.LukeConfig(**SIZES, **sizes))
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 class TestConvBert(Encoder):
     deviations = (
         *COMPILED,
@@ -121,7 +124,7 @@ class TestConvBert(Encoder):
         return transformers.ConvBertForMaskedLM(transformers.ConvBertConfig(**SIZES, **sizes))
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 class TestSqueezeBert(Encoder):
     deviations = (
         *COMPILED,
@@ -133,31 +136,32 @@ class TestSqueezeBert(Encoder):
         return transformers.SqueezeBertForMaskedLM(transformers.SqueezeBertConfig(**SIZES, embedding_size=32))
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 class TestIBert(Encoder):
     def make_model(self):
         return transformers.IBertForMaskedLM(transformers.IBertConfig(**SIZES))
 
 
+@pytest.mark.rare
 class TestXLM(Encoder):
     def make_model(self):
         return transformers.XLMWithLMHeadModel(transformers.XLMConfig(**XLM_SIZES))
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 class TestFlaubert(Encoder):
     def make_model(self):
         return transformers.FlaubertWithLMHeadModel(transformers.FlaubertConfig(**XLM_SIZES))
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 class TestBigBird(Encoder):
     def make_model(self):
         config = transformers.BigBirdConfig(**SIZES, attention_type="original_full", sep_token_id=3)
         return transformers.BigBirdForMaskedLM(config)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 class TestLayoutLMv3(Encoder):
     deviations = (
         *COMPILED,
@@ -183,7 +187,7 @@ class BrosInOneBox(transformers.BrosModel):
         return super().forward(input_ids, bbox=boxes.expand(len(input_ids), -1, -1), **options)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 class TestBros(Encoder):
     deviations = (*COMPILED, *TestLayoutLMv3.deviations[2:])
 
@@ -193,14 +197,14 @@ class TestBros(Encoder):
         return BrosInOneBox(transformers.BrosConfig(**{**SIZES, **sizes}))
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 class TestVisualBert(Encoder):
     def make_model(self):
         config = transformers.VisualBertConfig(**SIZES, visual_embedding_dim=16)
         return transformers.VisualBertModel(config)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 class TestLilt(Encoder):
     deviations = (
         *COMPILED,

@@ -45,7 +45,7 @@ class TestBLOOM(Legacy):
         return transformers.BloomForCausalLM(transformers.BloomConfig(**SPECIAL, **sizes))
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 class TestMPT(Legacy):
     adapter = ADAPTERS["mpt"]
 
@@ -85,7 +85,7 @@ LOADED = Deviation(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 class TestFalconGroups(Falcon):
     """Groups of heads, which Falcon repeats before it caches them."""
 
@@ -95,7 +95,7 @@ class TestFalconGroups(Falcon):
         return self.falcon("eager", new_decoder_architecture=True, num_kv_heads=2)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 class TestFalconALiBi(Falcon):
     deviations = (
         *Falcon.deviations,
@@ -111,8 +111,7 @@ class TestFalconALiBi(Falcon):
         return self.falcon(alibi=True, multi_query=False, parallel_attn=False, bias=True)
 
 
-@pytest.mark.slow
-@pytest.mark.slow
+@pytest.mark.rare
 class TestFalconALiBiEager(Falcon):
     """Its eager attention adds the bias twice."""
 
@@ -129,7 +128,7 @@ class TestGPTJ(Legacy):
         return transformers.GPTJForCausalLM(transformers.GPTJConfig(**SPECIAL, **GPT, **QUIET))
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 class TestCodeGen(Legacy):
     adapter = ADAPTERS["codegen"]
 
@@ -137,7 +136,7 @@ class TestCodeGen(Legacy):
         return transformers.CodeGenForCausalLM(transformers.CodeGenConfig(**SPECIAL, **GPT, **QUIET, n_ctx=96))
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 class TestGPTNeo(Legacy):
     adapter = ADAPTERS["gpt_neo"]
 
@@ -147,7 +146,7 @@ class TestGPTNeo(Legacy):
         return transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**SPECIAL, **sizes, **windows))
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 class TestGPTNeoXJapanese(Legacy):
     adapter = ADAPTERS["gpt_neox_japanese"]
 
@@ -158,7 +157,7 @@ class TestGPTNeoXJapanese(Legacy):
         return transformers.GPTNeoXJapaneseForCausalLM(config)
 
 
-@pytest.mark.slow
+@pytest.mark.rare
 class TestXGLM(Legacy):
     adapter = ADAPTERS["xglm"]
     deviations = (*ONE_GRAPH, *UNPACKED)
