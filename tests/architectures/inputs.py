@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from architectures.config_classes import PreTrainedConfig
 from architectures.sizes import DECODER_START
 
 FIRST, LAST = 10, 60

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import transformers
+from packaging.version import Version
+
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 CONVOLVED = ["conv", "full_attention", "conv", "full_attention"]
-MAMBA = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+MAMBA = ["linear_attention", "full_attention"] * 2
+if Version(transformers.__version__) < Version("5.5"):  # which called them otherwise
+    MAMBA = ["mamba", "attention"] * 2
 
 CAUSAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], "num_hidden_layers": 4},
@@ -23,7 +28,7 @@ CAUSAL: dict[str, dict[str, Any]] = {
     },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
-        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 48, "moe_top_k": 2},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_top_k": 2},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "deepseek_v4": {
@@ -98,6 +103,7 @@ CAUSAL: dict[str, dict[str, Any]] = {
     },
     "xlstm": {"hidden_size": 64, "qk_dim_factor": 1.0},  # rounds both up to 64
     "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 4},  # three at the least
     "zaya": {"layer_types": ["hybrid", "hybrid_sliding"] * 2, "num_hidden_layers": 4, "sliding_window": 4},
 }
 

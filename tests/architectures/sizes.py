@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING
 
+from architectures.config_classes import PreTrainedConfig, fields_of, make, part_names, part_of
 from architectures.overrides import OVERRIDES
 
 HIDDEN = 32
@@ -104,16 +104,17 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
 
 def _tiny(cls: type[PreTrainedConfig], path: str, initial: dict[str, Any], changes: dict[str, Any]) -> PreTrainedConfig:
     override = {**OVERRIDES.get(cls.model_type, {}), **OVERRIDES.get(path, {}), **changes}
-    nested = {name: value for name, value in override.items() if name in cls.sub_configs_defaults and value is not None}
+    nested = {name: value for name, value in override.items() if name in part_names(cls) and value is not None}
     plain = {name: value for name, value in override.items() if name not in nested}
     default = _default(cls, initial)
     values = {**initial, **_field_values(cls, default), **_layer_kinds(cls, default)}
-    for name, spec in cls.sub_configs_defaults.items():
+    for name in part_names(cls):
         if default is not None and getattr(default, name, None) is None and name not in nested:
             continue
-        sub = spec.default_config if default is None else getattr(default, name, None) or spec.default_config
-        values[name] = _tiny(type(sub), f"{path}.{name}", spec.init_kwargs, nested.get(name, {}))
-    return cls(**{**values, **plain})
+        part = part_of(cls, name, default)
+        if part is not None:
+            values[name] = _tiny(part.cls, f"{path}.{name}", part.initial, nested.get(name, {}))
+    return make(cls, {**values, **plain})
 
 
 def _default(cls: type[PreTrainedConfig], initial: dict[str, Any]) -> PreTrainedConfig | None:
@@ -124,7 +125,7 @@ def _default(cls: type[PreTrainedConfig], initial: dict[str, Any]) -> PreTrained
 
 
 def _field_values(cls: type[PreTrainedConfig], default: PreTrainedConfig | None) -> dict[str, Any]:
-    values, own = {}, _own_fields(cls)
+    values, own = {}, fields_of(cls)
     for name, field_default in own.items():
         value = field_default
         if value is None and default is not None and not _matches(ALWAYS, name):
@@ -138,12 +139,6 @@ def _field_values(cls: type[PreTrainedConfig], default: PreTrainedConfig | None)
     if "kv_lora_rank" in own and "num_key_value_heads" in own:
         values["num_key_value_heads"] = HEADS  # latent attention has keys and values for every head
     return values
-
-
-def _own_fields(cls: type[PreTrainedConfig]) -> dict[str, Any]:
-    common = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    own = [field for field in dataclasses.fields(cls) if field.name not in common]
-    return {field.name: None if field.default is dataclasses.MISSING else field.default for field in own}
 
 
 def _matches(rules: tuple[tuple[str, Any], ...], name: str) -> Any:
@@ -194,7 +189,7 @@ def _special_tokens(own: dict[str, Any]) -> dict[str, int]:
 
 def _layer_kinds(cls: type[PreTrainedConfig], default: PreTrainedConfig | None) -> dict[str, Any]:
     """A few layers in which each kind that the default has comes up."""
-    own, kinds = _own_fields(cls), {}
+    own, kinds = fields_of(cls), {}
     for name in ("layer_types", "mlp_layer_types", "layers_block_type"):
         layers = getattr(default, name, None)
         if name in own and isinstance(layers, (list, tuple)):

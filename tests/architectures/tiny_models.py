@@ -23,6 +23,7 @@ from transformers.models.auto import modeling_auto
 if not __package__:  # run as a script: the package is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from architectures.config_classes import knows, says
 from architectures.inputs import forward_inputs
 from architectures.overrides import REASONS
 from architectures.sizes import tiny_config
@@ -75,7 +76,7 @@ def model_types(kind: str) -> list[str]:
     """The model types of a kind, as transformers' auto classes list them."""
     types = {name for auto in AUTO_CLASSES[kind] for name in MAPPINGS[auto]}
     if kind == "encoder":
-        types = {name for name in types if not CONFIG_MAPPING[name].is_encoder_decoder}
+        types = {name for name in types if not says(CONFIG_MAPPING[name], "is_encoder_decoder")}
     return sorted(types)
 
 
@@ -117,7 +118,7 @@ def _model(kind: str, model_type: str, changes: dict[str, Any]) -> PreTrainedMod
 def _causal(kind: str, model_type: str) -> dict[str, Any]:
     """What makes a model that can be either a causal one."""
     cls = CONFIG_MAPPING[model_type]
-    return {name: True for name in ("is_decoder", "causal") if kind == "causal" and hasattr(cls, name)}
+    return {name: True for name in ("is_decoder", "causal") if kind == "causal" and knows(cls, name)}
 
 
 def _attempt(kind: str, model_type: str) -> str | None:
