@@ -75,10 +75,13 @@ def knows(cls: type[PreTrainedConfig], name: str) -> bool:
     return name in fields_of(cls) or hasattr(cls, name) or name in signature(PreTrainedConfig.__init__).parameters
 
 
-def part_names(cls: type[PreTrainedConfig]) -> list[str]:
-    """The names of the sub-configs that ``cls`` may have."""
-    parts = cls.sub_configs_defaults if hasattr(cls, "sub_configs_defaults") else cls.sub_configs
-    return list(parts) if isinstance(parts, dict) else []  # of a backbone it may be a property
+def part_names(cls: type[PreTrainedConfig], default: PreTrainedConfig | None = None) -> list[str]:
+    """The names of the sub-configs that ``cls`` may have; before transformers 5.20 some are seen in its default only."""
+    if hasattr(cls, "sub_configs_defaults"):
+        return list(cls.sub_configs_defaults)
+    listed = cls.sub_configs if isinstance(cls.sub_configs, dict) else {}  # of a backbone it may be a property
+    seen = [name for name in fields_of(cls) if isinstance(vars(default or cls).get(name), PreTrainedConfig)]
+    return list(dict.fromkeys([*listed, *seen]))
 
 
 def part_of(cls: type[PreTrainedConfig], name: str, default: PreTrainedConfig | None) -> Part | None:
@@ -98,7 +101,7 @@ def part_of(cls: type[PreTrainedConfig], name: str, default: PreTrainedConfig | 
     if (cls.model_type, name) in UNSAID:
         model_type, initial = UNSAID[cls.model_type, name]
         return Part(CONFIG_MAPPING[model_type], initial)
-    listed = cls.sub_configs[name]
+    listed = cls.sub_configs.get(name)
     return Part(listed) if getattr(listed, "model_type", "") else None
 
 
@@ -108,7 +111,7 @@ def _differing(made: PreTrainedConfig) -> dict[str, Any]:
         usual = type(made)().to_dict()
     except Exception:  # noqa: BLE001  (some defaults contradict each other, in whatever way the validator says)
         return {}
-    own = fields_of(type(made)).keys() - set(part_names(type(made)))
+    own = fields_of(type(made)).keys() - set(part_names(type(made), made))
     return {name: value for name, value in made.to_dict().items() if name in own and usual.get(name, value) != value}
 
 

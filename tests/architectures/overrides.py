@@ -9,9 +9,7 @@ from packaging.version import Version
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 CONVOLVED = ["conv", "full_attention", "conv", "full_attention"]
-MAMBA = ["linear_attention", "full_attention"] * 2
-if Version(transformers.__version__) < Version("5.5"):  # which called them otherwise
-    MAMBA = ["mamba", "attention"] * 2
+MAMBA = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
 
 CAUSAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], "num_hidden_layers": 4},
@@ -103,7 +101,6 @@ CAUSAL: dict[str, dict[str, Any]] = {
     },
     "xlstm": {"hidden_size": 64, "qk_dim_factor": 1.0},  # rounds both up to 64
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 4},  # three at the least
     "zaya": {"layer_types": ["hybrid", "hybrid_sliding"] * 2, "num_hidden_layers": 4, "sliding_window": 4},
 }
 
@@ -157,7 +154,30 @@ SPEECH: dict[str, dict[str, Any]] = {
     "voxtral_encoder": {"intermediate_size": 128},  # its projector takes four frames as one
 }
 
+PADDED = {"pad_token_id": 0}  # the models of transformers 5.0 ask for it, the configs have no such field
+OLDER: dict[str, dict[str, dict[str, Any]]] = {
+    "5.15": {
+        "dbrx": {
+            **CAUSAL["dbrx"],
+            "ffn_config": {"ffn_hidden_size": 32, "moe_top_k": 2},
+        },  # takes it for the other size
+        "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2, "num_hidden_layers": 4},
+        "zamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 0, "use_mamba_kernels": False},
+    },
+    "5.5": {
+        "exaone4": PADDED,
+        "jamba": {**CAUSAL["jamba"], "use_mamba_kernels": False},
+        "jetmoe": PADDED,
+        "phi": PADDED,
+        "stablelm": PADDED,
+    },
+}
+"""The same for the versions of transformers before the one that is named."""
+
 OVERRIDES = {**CAUSAL, **TEXT_ENCODERS, **VISION, **SPEECH}
+for end, overrides in OLDER.items():
+    if Version(transformers.__version__) < Version(end):
+        OVERRIDES.update(overrides)
 
 ASSISTANT = "transformers contradicts itself: the config demands that all layers share keys, the model that some do not"
 TIMM = "needs timm and Pillow, which are not installed: its image encoder is a timm model"

@@ -104,11 +104,12 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
 
 def _tiny(cls: type[PreTrainedConfig], path: str, initial: dict[str, Any], changes: dict[str, Any]) -> PreTrainedConfig:
     override = {**OVERRIDES.get(cls.model_type, {}), **OVERRIDES.get(path, {}), **changes}
-    nested = {name: value for name, value in override.items() if name in part_names(cls) and value is not None}
-    plain = {name: value for name, value in override.items() if name not in nested}
     default = _default(cls, initial)
+    parts = part_names(cls, default)
+    nested = {name: value for name, value in override.items() if name in parts and value is not None}
+    plain = {name: value for name, value in override.items() if name not in nested}
     values = {**initial, **_field_values(cls, default), **_layer_kinds(cls, default)}
-    for name in part_names(cls):
+    for name in parts:
         if default is not None and getattr(default, name, None) is None and name not in nested:
             continue
         part = part_of(cls, name, default)
