@@ -118,10 +118,12 @@ def streamed_speech(request: Request) -> Tensors:
 def sound_in_text(request: Request) -> Tensors:
     """A sound and its placeholders in front of the text; how many is up to the encoder, so it is asked."""
     heard = _heard(request)
-    wanted = inspect.signature(request.model.model.get_audio_features).parameters
+    inner = getattr(request.model, "model", request.model)  # before transformers 5.10 some have none
+    wanted = inspect.signature(getattr(inner, "get_audio_features", request.model.get_audio_features)).parameters
     with torch.no_grad():
         features = request.model.get_audio_features(**{name: heard[name] for name in heard if name in wanted})
-    count = features.pooler_output.shape[:-1].numel() // request.batch
+    features = getattr(features, "pooler_output", features)  # a tensor in transformers 4
+    count = features.shape[:-1].numel() // request.batch
     names = ("audio_token_id", "audio_token_index")
     placeholder = next(getattr(request.config, name) for name in names if hasattr(request.config, name))
     words = request.ids(request.batch, request.tokens)

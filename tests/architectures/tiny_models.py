@@ -112,7 +112,14 @@ def _model(kind: str, model_type: str, changes: dict[str, Any]) -> PreTrainedMod
         return getattr(transformers, listed)(config.decoder)
     if isinstance(listed, tuple):  # several classes: the first is the plain one
         config.architectures = [listed[0]]
-    return getattr(transformers, auto).from_config(config)
+    return getattr(transformers, auto).from_config(_listed_config(auto, listed, config))
+
+
+def _listed_config(auto: str, listed: Any, config: Any) -> Any:
+    """The part of ``config`` that the listed class is for: before transformers 5.10 ``from_config`` passes the whole."""
+    text = config.get_text_config()
+    wanted = getattr(getattr(transformers, str(listed), None), "config_class", None)
+    return text if wanted is type(text) and text.model_type in MAPPINGS[auto] else config
 
 
 def _causal(kind: str, model_type: str) -> dict[str, Any]:
