@@ -156,6 +156,11 @@ def attention_seen_by(model: nn.Module, see: Seer) -> Iterator[None]:
             config._attn_implementation_internal = name
 
 
+def looked_elsewhere(error: Exception) -> bool:
+    """Whether a watched model failed since it has attention functions of its own, as ModernBERT before 5.5."""
+    return isinstance(error, KeyError) and error.args == (WATCHED,)
+
+
 def _configs_of(module: nn.Module) -> list[PreTrainedConfig]:
     """The config of ``module`` and those of its parts, which some modules pass on."""
     config = getattr(module, "config", None)

@@ -70,22 +70,28 @@ def _first_run(model: PreTrainedModel, inputs: Inputs | None) -> tuple[Inputs, W
         try:
             watched = watch(model, attempt)
         except Exception as error:  # noqa: BLE001 - whatever a model may raise for inputs that are not for it
+            if internals.looked_elsewhere(error):
+                raise _off_the_interface(model) from error
             failures.append(f"{', '.join(attempt)}: {type(error).__name__}: {str(error)[:200]}")
             continue
         if "decoder_input_ids" in attempt and _cross_looks_like_self(watched):
             failures.append("an encoder with as many states as the decoder has tokens")
             continue
         if not watched.calls:
-            raise UnsupportedModelError(
-                f"no attention of this {type(model).__name__} goes through transformers' attention interface (in "
-                f"transformers {internals.VERSION}), so no prefix can be put in front of it from outside; a plugin "
-                f"may serve it: {GUIDE}"
-            )
+            raise _off_the_interface(model)
         return attempt, watched
     raise UnsupportedModelError(
         f"could not watch a forward pass of this {type(model).__name__} (forward needs: "
         f"{', '.join(required(model)) or 'nothing'}); tried {'; '.join(failures) or 'nothing'}. Pass "
         f"adapter=prefixkit.generic_adapter(inputs) with inputs that it runs with, or write an adapter: {GUIDE}"
+    )
+
+
+def _off_the_interface(model: PreTrainedModel) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"no attention of this {type(model).__name__} goes through transformers' attention interface (in "
+        f"transformers {internals.VERSION}), so no prefix can be put in front of it from outside; a plugin "
+        f"may serve it: {GUIDE}"
     )
 
 

@@ -156,6 +156,9 @@ SPEECH: dict[str, dict[str, Any]] = {
 
 PADDED = {"pad_token_id": 0}  # the models of transformers 5.0 ask for it, the configs have no such field
 OLDER: dict[str, dict[str, dict[str, Any]]] = {
+    "5.23": {
+        "vibevoice_acoustic_tokenizer_encoder": {**SPEECH["vibevoice_acoustic_tokenizer_encoder"], "vae_std": 0.0},
+    },
     "5.15": {
         "dbrx": {
             **CAUSAL["dbrx"],
