@@ -122,7 +122,7 @@ def convbert(module, hidden_states, attention_mask=None, encoder_hidden_states=N
     import torch
 
     refuse_given(encoder_hidden_states=encoder_hidden_states)
-    own, _ = type(module).forward(module, hidden_states, attention_mask)
+    own = type(module).forward(module, hidden_states, attention_mask)[0]
     context, weights = attend(module, *project(module, hidden_states), attention_mask)
     return torch.cat([context, own[..., context.shape[-1] :]], dim=-1), weights
 
@@ -321,8 +321,11 @@ class WavLMInFront:
     def __getattr__(self, name):
         return getattr(self.module, name)
 
-    def torch_multi_head_self_attention(self, hidden_states, attention_mask, gated_position_bias):
-        """As the module's own, given ``(batch, tokens)`` with 1 for what is seen and the bias by row and head."""
+    def torch_multi_head_self_attention(self, hidden_states, attention_mask, gated_position_bias, *_):
+        """As the module's own, given ``(batch, tokens)`` with 1 for what is seen and the bias by row and head.
+
+        Older versions of transformers say as well whether weights are wanted.
+        """
         query, key, value = project(self.module, hidden_states, ("q_proj", "k_proj", "v_proj"))
         bias = gated_position_bias.unflatten(0, query.shape[:2])
         if attention_mask is not None:
@@ -333,7 +336,7 @@ class WavLMInFront:
 
 def wavlm(module, hidden_states, attention_mask=None, position_bias=None, index=0, **_):
     """WavLM: a gated bias of distances."""
-    return type(module).forward(WavLMInFront(module), hidden_states, attention_mask, position_bias, index)
+    return type(module).forward(WavLMInFront(module), hidden_states, attention_mask, position_bias, index=index)
 
 
 @dataclass(frozen=True)
@@ -353,17 +356,17 @@ class Family:
     positions: Callable[[Any], PositionIds | None] = lambda config: PositionIds(limit=config.max_position_embeddings)
 
 
-def behind_padding(config):
-    """Ids of tokens start behind that of the padding."""
-    first = config.pad_token_id + 1
+def behind_padding(config, padding=None):
+    """Ids of tokens start behind that of the padding, the config's unless another is given."""
+    first = (config.pad_token_id if padding is None else padding) + 1
     return PositionIds(limit=config.max_position_embeddings - first, offset=first)
 
 
 def mpnet_positions(config):
-    """Positions both in a table and as a bias."""
+    """Positions both in a table and as a bias; the model takes 1 for its padding, whatever its config says."""
     from dataclasses import replace
 
-    return replace(behind_padding(config), prefix_bias=mpnet_bias)
+    return replace(behind_padding(config, padding=1), prefix_bias=mpnet_bias)
 
 
 def deberta_positions(config):

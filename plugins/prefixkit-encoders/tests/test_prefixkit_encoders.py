@@ -85,6 +85,12 @@ class TestMPNet(Encoder):
         return transformers.MPNetForMaskedLM(transformers.MPNetConfig(**SIZES))
 
 
+def test_mpnet_counts_behind_its_own_padding():
+    """The model takes 1 for its padding, whatever the config says."""
+    config = transformers.MPNetConfig(**{**SIZES, "pad_token_id": 0})
+    assert prefixkit_encoders.mpnet_positions(config).offset == 2
+
+
 @pytest.mark.rare
 class TestRoFormer(Encoder):
     def make_model(self):
