@@ -39,6 +39,12 @@ class CacheEngine:
     def check(self, model: nn.Module, attachment: Attachment) -> None:
         """Raise if the stacks or policies asked for cannot be served through a cache."""
         check_cacheable(attachment)
+        for stack in attachment.stacks:
+            if stack.name == "decoder" and not internals.takes(model.get_submodule(stack.path), "past_key_values"):
+                raise EngineError(
+                    f"the stack {stack.path!r} has no parameter past_key_values, so it takes no cache that could "
+                    f"hold a prefix; {USE_ATTENTION}"
+                )
         if any(site.stack == "encoder" for site in attachment.layout.sites):
             raise EngineError(
                 "the cache engine gives an encoder no prefix, since encoders take no cache; "

@@ -269,6 +269,11 @@ def _compiled_create_block_mask() -> Callable[..., Any]:
     return compiled
 
 
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether the module's ``forward`` names a parameter so; what it swallows unnamed, it may ignore."""
+    return name in signature(module.forward).parameters
+
+
 def takes_any_keyword(module: nn.Module) -> bool:
     """Whether the module's ``forward`` accepts keyword arguments it does not name."""
     kinds = {parameter.kind for parameter in signature(module.forward).parameters.values()}

@@ -209,3 +209,14 @@ def test_sites_that_never_call_attention_are_refused_at_the_first_call():
         prefixkit.EngineError, match="^no attention of the stack 'model' asked for its prefix: its adapter names"
     ):
         model(torch.tensor([[3, 4, 5]]))
+
+
+def test_a_stack_that_swallows_its_cache_is_refused_by_the_cache_engine(monkeypatch):
+    """What ``**kwargs`` takes and nobody reads would be a prefix that is lost without a word."""
+    model = tiny.make("gpt2")
+    forward = model.transformer.forward
+    monkeypatch.setattr(
+        model.transformer, "forward", lambda input_ids=None, attention_mask=None, **_: forward(input_ids)
+    )
+    with pytest.raises(prefixkit.EngineError, match="^the stack 'transformer' has no parameter past_key_values"):
+        prefixkit.apply(model, num_virtual_tokens=4, engine="cache")

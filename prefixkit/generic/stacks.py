@@ -69,7 +69,7 @@ def _first_run(model: PreTrainedModel, inputs: Inputs | None) -> tuple[Inputs, W
     for attempt in more if inputs is None else [inputs]:
         try:
             watched = watch(model, attempt)
-        except Exception as error:  # noqa: BLE001 - whatever a model may raise for inputs that are not for it
+        except Exception as error:
             if internals.looked_elsewhere(error):
                 raise _off_the_interface(model) from error
             failures.append(f"{', '.join(attempt)}: {type(error).__name__}: {str(error)[:200]}")

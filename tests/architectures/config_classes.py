@@ -76,7 +76,7 @@ def knows(cls: type[PreTrainedConfig], name: str) -> bool:
 
 
 def part_names(cls: type[PreTrainedConfig], default: PreTrainedConfig | None = None) -> list[str]:
-    """The names of the sub-configs that ``cls`` may have; before transformers 5.20 some are seen in its default only."""
+    """The names of the sub-configs of ``cls``; before transformers 5.20 some are seen in its default only."""
     if hasattr(cls, "sub_configs_defaults"):
         return list(cls.sub_configs_defaults)
     listed = cls.sub_configs if isinstance(cls.sub_configs, dict) else {}  # of a backbone it may be a property

@@ -116,7 +116,7 @@ def _model(kind: str, model_type: str, changes: dict[str, Any]) -> PreTrainedMod
 
 
 def _listed_config(auto: str, listed: Any, config: Any) -> Any:
-    """The part of ``config`` that the listed class is for: before transformers 5.10 ``from_config`` passes the whole."""
+    """The part of ``config`` for the listed class: before transformers 5.10 ``from_config`` passes the whole."""
     text = config.get_text_config()
     wanted = getattr(getattr(transformers, str(listed), None), "config_class", None)
     return text if wanted is type(text) and text.model_type in MAPPINGS[auto] else config
