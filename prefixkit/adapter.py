@@ -12,8 +12,8 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from prefixkit.errors import PluginError
@@ -55,9 +55,9 @@ class Site:
     def __post_init__(self) -> None:
         if self.stack not in STACKS:
             raise PluginError(f"site {self.path!r}: stack is {self.stack!r}; possible: {', '.join(STACKS)}")
-        for field in ("kv_heads", "key_dim", "value_dim"):
-            if getattr(self, field) < 1:
-                raise PluginError(f"site {self.path!r}: {field} is {getattr(self, field)}; it must be 1 or more")
+        for name in ("kv_heads", "key_dim", "value_dim"):
+            if getattr(self, name) < 1:
+                raise PluginError(f"site {self.path!r}: {name} is {getattr(self, name)}; it must be 1 or more")
 
     @property
     def place(self) -> str:
@@ -147,6 +147,8 @@ class Stack:
             :func:`prefixkit.through_cache` is one for attention that takes a cache.
         caches: Whether the stack's native cache keeps exactly what its attention is given, one layer
             for each site, so that the cache engine can serve it.
+        turns: How often a module calls its attention in one run of the stack, by path, where that is more
+            than once. ``layers=`` may leave some of these without a prefix; they are counted all the same.
     """
 
     name: str
@@ -156,6 +158,7 @@ class Stack:
     hands_down: bool = True
     site_forward: Callable[..., Any] | None = None
     caches: bool = True
+    turns: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.name not in STACKS[:2]:

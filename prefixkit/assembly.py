@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from inspect import signature
@@ -179,6 +180,7 @@ def _select(model: PreTrainedModel, stacks: list[Stack], config: PrefixConfig) -
             stack,
             sites=tuple(site for site in stack.sites if _asked(site, config)),
             hands_down=stack.hands_down and _can_hand_down(model, stack),
+            turns={path: count for path, count in Counter(site.path for site in stack.sites).items() if count > 1},
         )
         for stack in stacks
     )

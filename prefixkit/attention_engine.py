@@ -81,7 +81,7 @@ class AttentionEngine:
             for path in dict.fromkeys(site.path for site in stack.sites):
                 module = model.get_submodule(path)
                 sites = tuple(site for site in stack.sites if site.path == path)
-                module.__dict__[MARK] = SiteMark(sites, attachment.state_key(stack))
+                module.__dict__[MARK] = SiteMark(sites, attachment.state_key(stack), stack.turns.get(path, 1))
                 if stack.site_forward is not None:
                     internals.stand_in(module, stack.site_forward, is_served)
 

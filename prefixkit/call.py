@@ -70,6 +70,8 @@ class StackCall:
 
 def _two_dimensional(mask: Any, batch: int, *, static: bool) -> torch.Tensor | None:
     """The mask of real tokens ``(batch, tokens)``, where one can be told."""
+    if isinstance(mask, dict):  # generate() prepares one for each kind of layer
+        mask = mask.get("full_attention")
     if not isinstance(mask, torch.Tensor):
         return None
     if mask.numel() == batch * mask.shape[-1] and mask.ndim < 4:

@@ -116,22 +116,24 @@ class SiteMark:
     Attributes:
         sites: The sites that the module is: one, unless several layers share it.
         stack: Key of its stack's state beside the call.
+        turns: How often the module calls its attention in one run of its stack, with a prefix or without.
     """
 
     sites: tuple[Site, ...]
     stack: str
+    turns: int = 1
 
-    def site(self, state: PrefixState, *, looks: bool = False) -> Site:
-        """The site of the call under way: where layers share the module, the next one in turn.
+    def site(self, state: PrefixState, *, looks: bool = False) -> Site | None:
+        """The site of the call under way: where layers share the module, the next one in turn, if it has a prefix.
 
         It stays the next one for a call that only ``looks``.
         """
         path = self.sites[0].path
-        if len(self.sites) == 1:
+        if self.turns == 1:
             return self.sites[0]
         turn = state.turns.get(path, 0)
         state.turns[path] = turn if looks else turn + 1
-        return self.sites[turn % len(self.sites)]
+        return next((site for site in self.sites if site.turn == turn % self.turns), None)
 
 
 @_never_compiled
@@ -161,6 +163,11 @@ def _beside_again(states: Mapping[str, PrefixState]) -> Iterator[None]:
         _beside.reset(token)
 
 
+def _counting_from_here(state: PrefixState) -> PrefixState:
+    """The same state, with turns of its own."""
+    return state if state is OFF else replace(state, turns=dict(state.turns))
+
+
 class KeepingCheckpoint:
     """A checkpoint function that computes layers again with the states of the first time.
 
@@ -174,11 +181,11 @@ class KeepingCheckpoint:
     def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """As the function it stands in for."""
         states = _beside.get()
-        counted = {name: replace(state, turns=dict(state.turns)) for name, state in states.items()}
+        counted = {name: _counting_from_here(state) for name, state in states.items()}
         runs = iter((states,))  # the first time; later ones start to count where it did
 
         def with_states(*inputs: Any, **options: Any) -> Any:
-            again = {name: replace(state, turns=dict(state.turns)) for name, state in counted.items()}
+            again = {name: _counting_from_here(state) for name, state in counted.items()}
             with _beside_again(next(runs, again)):
                 return layer(*inputs, **options)
 
@@ -214,7 +221,8 @@ def find_state(module: nn.Module, arguments: dict[str, Any], *, looks: bool = Fa
         )
     if state.witness is not None and not looks:
         state.witness.reached = True
-    return mark.site(state, looks=looks), state
+    site = mark.site(state, looks=looks)
+    return None if site is None else (site, state)
 
 
 def is_served(module: nn.Module) -> bool:

@@ -28,6 +28,7 @@ from transformers import (
 import prefixkit
 from prefixkit.discovery import installed
 from prefixkit.generic.stacks import watched_stacks
+from prefixkit.prefix_state import find_state
 from prefixkit.testing.subject import enable_checkpointing, strengthen
 
 GENERIC = prefixkit.generic_adapter()
@@ -209,7 +210,7 @@ def test_a_model_without_attention_is_refused():
 def test_a_cache_that_cannot_hold_a_prefix_is_refused(name):
     """Latents, layers of another kind, and chunks."""
     model = build("causal", name).model
-    with pytest.raises(prefixkit.EngineError, match="native cache"):
+    with pytest.raises(prefixkit.EngineError, match="native cache|from the length of its cache"):
         prefixkit.apply(model, num_virtual_tokens=4, engine="cache", window="slide")
 
 
@@ -269,3 +270,52 @@ def test_a_dispatched_model_is_watched():
 def test_a_half_precision_model_is_watched(dtype):
     for name in ("llama", "bart"):
         assert watched_stacks(tiny.MAKERS[name]().to(dtype)) == watched_stacks(tiny.MAKERS[name]())
+
+
+def test_a_state_that_begins_at_position_0_keeps_its_positions():
+    """Moved ids never are 0, and one request would begin with the state of the last."""
+    model = prefixkit.apply(build("causal", "recurrent_gemma").model, num_virtual_tokens=4)
+    assert prefixkit.config(model).positions == "none"
+    assert watched_stacks(build("causal", "qwen3_next").model)[0].positions is not None
+
+
+def test_ids_that_a_module_around_the_stack_counts_are_not_the_callers():
+    """Gemma 3 with images counts 0, 1, 2, … around its language model, whatever the mask says."""
+    model = prefixkit.apply(build("causal", "gemma3").model.eval(), num_virtual_tokens=4, engine="attention")
+    strengthen(model)
+    ids = torch.tensor([[11, 12, 13, 14, 15]])
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], dim=1)
+    mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones_like(ids)], dim=1)
+    with torch.no_grad():
+        alone = model(ids, attention_mask=torch.ones_like(ids)).logits
+        torch.testing.assert_close(model(padded, attention_mask=mask).logits[:, 3:], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [(0,), (1,)])
+def test_layers_of_a_shared_module_are_counted_without_a_prefix_too(layers):
+    """A prefix of zeros for the other layer is no prefix: keys of zeros take part in the softmax."""
+    model = prefixkit.apply(build("encoder", "albert").model, num_virtual_tokens=4, layers=layers)
+    seen = []
+    module = model.get_submodule(prefixkit.sites(model)[0].path)
+    handle = module.register_forward_pre_hook(
+        lambda *_: seen.append(find_state(module, {}, looks=True) is not None), prepend=True
+    )
+    model(torch.tensor([[11, 12, 13]]))
+    handle.remove()
+    assert seen == [layer in layers for layer in (0, 1)]
+
+
+def test_disabled_layers_are_computed_again_without_a_prefix():
+    model = prefixkit.apply(build("causal", "diffllama").model.train(), num_virtual_tokens=4)
+    enable_checkpointing(model)
+    states = model.get_input_embeddings()(torch.tensor([[11, 12, 13]])).requires_grad_()
+    with prefixkit.disabled(model):
+        model(inputs_embeds=states).logits.sum().backward()
+    assert model.get_parameter("prefixkit.default.embedding.weight").grad is None
+
+
+def test_modules_that_a_short_text_swaps_are_put_back():
+    model = build("seq2seq", "bigbird_pegasus").model
+    before = [type(module) for module in model.modules()]
+    watched_stacks(model)
+    assert [type(module) for module in model.modules()] == before

@@ -52,15 +52,14 @@ def _position_ids(
     if tokens is None:
         return None
     places = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    for offset in _first_ids(model):
+    for offset in _first_ids(model) if given is None else (0,):
         ids = places + offset if given is None else given
-        same = _try(model, inputs, stack, _with_ids(ids))
-        moved = _try(model, inputs, stack, _with_ids(ids + MOVE))
-        if same is not None and moved is not None and _equal(before, same, stack) and not _equal(same, moved, stack):
+        same, moved = (_try(model, inputs, stack, places) for places in (ids, ids + MOVE))
+        if same is None or moved is None or _starts_anew(same, moved, stack):
+            continue
+        if _equal(before, same, stack) and not _equal(same, moved, stack):
             first = offset if given is None else int(given.min())
             return PositionIds(limit=_limit(model, same, moved, tokens.shape[1]), offset=first)
-        if given is not None:
-            break
     return None
 
 
@@ -70,15 +69,47 @@ def _first_ids(model: PreTrainedModel) -> list[int]:
     return sorted({0, 1, 2, 3, padding + 1 if isinstance(padding, int) else 0})
 
 
-def _with_ids(ids: torch.Tensor) -> Change:
-    return lambda arguments: {**arguments, "position_ids": ids}
-
-
-def _try(model: PreTrainedModel, inputs: Mapping[str, Any], stack: Stack, change: Change) -> Watched | None:
+def _try(model: PreTrainedModel, inputs: Mapping[str, Any], stack: Stack, ids: torch.Tensor) -> Watched | None:
+    """A pass in which the stack gets ``ids``, with what the layers of other kinds were given and gave."""
+    notes: dict[str, Change] = dict.fromkeys(_layers_of_other_kinds(model, stack), dict)
     try:
-        return watch(model, inputs, {stack.path: change})
+        return watch(model, inputs, {**notes, stack.path: lambda arguments: {**arguments, "position_ids": ids}})
     except Exception:  # noqa: BLE001 - a model may refuse ids for reasons of its own
         return None
+
+
+def _layers_of_other_kinds(model: nn.Module, stack: Stack) -> list[str]:
+    """Modules with weights inside the stack, beside its attention, that take position ids."""
+    sites = [site.path + "." for site in stack.sites]
+    return [
+        path
+        for path, module in model.get_submodule(stack.path).named_modules(prefix=stack.path)
+        if "position_ids" in signature(module.forward).parameters
+        and not any(site.startswith(path + ".") or path.startswith(site) for site in sites if path)
+        and path != stack.path
+        and any(True for _ in module.parameters())
+        and not any(isinstance(part, nn.Embedding) for part in module.modules())
+    ]
+
+
+def _starts_anew(same: Watched, moved: Watched, stack: Stack) -> bool:
+    """Whether a layer of another kind gives something else for the same states: it begins a state at position 0."""
+    for path, arguments in same.arguments.items():
+        if path == stack.path or path not in moved.arguments:
+            continue
+        states, others = (_first_tensor(given) for given in (arguments, moved.arguments[path]))
+        one, other = (_first_tensor(seen.outputs.get(path)) for seen in (same, moved))
+        if states is None or others is None or one is None or other is None:
+            continue
+        if torch.equal(states, others) and not torch.equal(one, other):
+            return True
+    return False
+
+
+def _first_tensor(value: Any) -> torch.Tensor | None:
+    """The first tensor of floating numbers among arguments or outputs."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else [value]
+    return next((part for part in parts if isinstance(part, torch.Tensor) and part.is_floating_point()), None)
 
 
 def _equal(one: Watched, other: Watched, stack: Stack) -> bool:

@@ -56,7 +56,7 @@ def watched_stacks(model: PreTrainedModel, inputs: Inputs | None = None) -> list
         _check_call(model, call)
     groups = _groups(model, watched)
     stacks = [_stack(model, base, calls, groups, watched) for base, calls in groups.items()]
-    stacks = _number_layers(model, stacks)
+    stacks = [_counting_itself(model, inputs, stack, list(groups)) for stack in _number_layers(model, stacks)]
     stacks = _learn_hands_down(model, inputs, stacks)
     stacks = [replace(stack, positions=positions_of(model, inputs, stack)) for stack in stacks]
     return [_learn_cache(model, inputs, stack) if stack.name == "decoder" else stack for stack in stacks]
@@ -189,6 +189,36 @@ def _stack_path(model: nn.Module, base: str, others: Sequence[str]) -> str:
     return base
 
 
+def _counting_itself(model: PreTrainedModel, inputs: Inputs, stack: Stack, bases: Sequence[str]) -> Stack:
+    """The stack, or the module around it that makes its position ids.
+
+    What a module in between counts, ``0, 1, 2, …`` whatever the mask says, must not be taken for the caller's.
+    Ids of several dimensions are of images, and stay that module's matter.
+    """
+    around = [path for path in _outwards(stack.path) if internals.takes(model.get_submodule(path), "position_ids")]
+    inside = [path for path in around if sum(_contains(path, base) for base in bases) == 1]
+    notes = watch(model, inputs, dict.fromkeys(inside, dict)).arguments
+    for path in inside:
+        given = notes.get(path, {}).get("position_ids")
+        if given is None:
+            return replace(stack, path=path)
+        if given.ndim > 2:
+            break
+    return stack
+
+
+def _outwards(path: str) -> Iterator[str]:
+    """The path and those of the modules around it."""
+    yield path
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _contains(path: str, inner: str) -> bool:
+    return not path or inner == path or inner.startswith(path + ".")
+
+
 def _crosses(call: AttentionCall) -> bool:
     """Whether it attends to other tokens than those that ask."""
     return call.key.shape[2] != call.query.shape[2]
@@ -219,7 +249,8 @@ def _numbered(model: nn.Module, stack: Stack, counts: dict[str, int]) -> Iterato
     for kind in dict.fromkeys(site.stack for site in stack.sites):
         sites = [site for site in stack.sites if site.stack == kind]
         indices = [getattr(model.get_submodule(site.path), "layer_idx", None) for site in sites]
-        known = kind != "encoder" and all(isinstance(i, int) for i in indices) and len(set(indices)) == len(sites)
+        numbered = {(index, site.turn) for index, site in zip(indices, sites, strict=True)}
+        known = kind != "encoder" and all(isinstance(i, int) for i in indices) and len(numbered) == len(sites)
         for site, index in zip(sites, indices, strict=True):
             count = counts.get(kind, 0)
             counts[kind] = count + 1

@@ -136,34 +136,49 @@ def _noter(watched: Watched, path: str) -> Callable[..., None]:
     return after
 
 
+_PARTS = ("_modules", "_parameters", "_buffers")
+_CONTAINERS = frozenset(name for name, value in vars(nn.Module()).items() if isinstance(value, dict))
+"""Attributes of every module that hold its parts and its hooks."""
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """All that a forward may change of one module but its weights."""
+
+    module: nn.Module
+    attributes: dict[str, Any]
+    parts: dict[str, dict[str, Any]]
+    values: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Snapshot:
+        attributes = {name: value for name, value in vars(module).items() if name not in _CONTAINERS}
+        parts = {name: dict(vars(module)[name]) for name in _PARTS}
+        values = {name: kept.clone() for name, kept in module._buffers.items() if kept is not None}
+        return cls(module, attributes, parts, values)
+
+    def restore(self) -> None:
+        own = vars(self.module)
+        for name in [name for name in own if name not in _CONTAINERS and name not in self.attributes]:
+            del own[name]
+        own.update(self.attributes)
+        for name, part in self.parts.items():
+            own[name].clear()
+            own[name].update(part)
+        for name, values in self.values.items():
+            if not values.is_meta:
+                own["_buffers"][name].copy_(values)
+
+
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """In eval mode and without gradients inside; afterwards everything is as before."""
-    modules = list(model.modules())
-    attributes = [{k: v for k, v in vars(module).items() if not k.startswith("_")} for module in modules]
-    buffers = [{name: (kept, kept.clone()) for name, kept in _buffers(module)} for module in modules]
+    snapshots = [_Snapshot.of(module) for module in model.modules()]
     device = internals.real_device(model)
-    try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
             model.eval()
             yield
-    finally:
-        for module, before, kept in zip(modules, attributes, buffers, strict=True):
-            _restore(module, before, kept)
-
-
-def _buffers(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [(name, kept) for name, kept in module._buffers.items() if kept is not None]
-
-
-def _restore(
-    module: nn.Module, attributes: dict[str, Any], buffers: dict[str, tuple[torch.Tensor, torch.Tensor]]
-) -> None:
-    for name in [name for name in vars(module) if not name.startswith("_") and name not in attributes]:
-        del vars(module)[name]
-    vars(module).update(attributes)
-    for name, (tensor, values) in buffers.items():
-        if module._buffers.get(name) is not tensor:
-            module._buffers[name] = tensor
-        if not tensor.is_meta:
-            tensor.copy_(values)
+        finally:
+            for snapshot in snapshots:
+                snapshot.restore()
