@@ -156,6 +156,16 @@ def attention_seen_by(model: nn.Module, see: Seer) -> Iterator[None]:
             config._attn_implementation_internal = name
 
 
+def indexes_by_place(config: PreTrainedConfig) -> bool:
+    """Whether sparse attention takes a token's position for its place among the keys.
+
+    MiniMax-M3 does, and before transformers 5.20 so do all that choose their ``index_topk`` keys (DeepSeek-V3.2).
+    """
+    if "minimax_m3_sparse" in (getattr(config, "layer_types", None) or ()):
+        return True
+    return bool(getattr(config, "index_topk", None)) and tuple(map(int, VERSION.split(".")[:2])) < (5, 20)
+
+
 def looked_elsewhere(error: Exception) -> bool:
     """Whether a watched model failed since it has attention functions of its own, as ModernBERT before 5.5."""
     return isinstance(error, KeyError) and error.args == (WATCHED,)

@@ -11,6 +11,7 @@ import bert_adapter
 import pytest
 import tiny
 import torch
+import transformers
 from accelerate import cpu_offload
 from architectures.tiny_models import build
 from test_checkpoint import assert_same, state
@@ -192,6 +193,23 @@ def test_inputs_of_a_model_that_wants_others():
     adapter = prefixkit.generic_adapter(tiny_model.inputs(batch=1))
     prefixkit.apply(tiny_model.model, num_virtual_tokens=4, adapter=adapter)
     assert {site.stack for site in prefixkit.sites(tiny_model.model)} == {"encoder"}
+
+
+def test_positions_that_stand_for_places_of_keys_are_not_moved():
+    """With blocks of keys longer than the text, the watched model itself sees nothing wrong."""
+    if "minimax_m3_vl_text" not in transformers.CONFIG_MAPPING:
+        pytest.skip("this version of transformers has no MiniMax-M3")
+    model = build("causal", "minimax_m3_vl_text", index_block_size=128).model
+    prefixkit.apply(model, num_virtual_tokens=4)
+    assert prefixkit.config(model).positions == "none"
+
+
+def test_a_model_with_attention_functions_of_its_own_is_refused():
+    model = tiny.make("llama")
+    own = dict.fromkeys(("eager", "sdpa"))
+    model.model.layers[0].register_forward_pre_hook(lambda module, _: own[module.self_attn.config._attn_implementation])
+    with pytest.raises(prefixkit.UnsupportedModelError, match=r"^no attention of this LlamaForCausalLM goes through"):
+        watched_stacks(model)
 
 
 def test_a_model_without_attention_is_refused():

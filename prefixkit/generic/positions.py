@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from prefixkit import transformers_internals as internals
 from prefixkit.adapter import PositionIds, Positions, PositionTable, Stack
 from prefixkit.generic.watching import Change, Watched, watch
 
@@ -36,8 +37,11 @@ def _counts_from_zero(config: Any) -> bool:
     """Whether moved positions would mean something else than a text that begins later.
 
     Compressed blocks of keys are counted from position 0, and a token moved past them would see later ones.
-    A longrope changes its rotation at a length that ``generate`` counts by itself.
+    A longrope changes its rotation at a length that ``generate`` counts by itself. An indexer that compares
+    positions with the places of keys would show later tokens.
     """
+    if internals.indexes_by_place(config):
+        return True
     kinds = getattr(config, "layer_types", None) or ()
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     return any("compress" in str(kind) for kind in kinds) or "longrope" in str(rope)
