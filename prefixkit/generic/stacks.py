@@ -190,21 +190,30 @@ def _stack_path(model: nn.Module, base: str, others: Sequence[str]) -> str:
 
 
 def _counting_itself(model: PreTrainedModel, inputs: Inputs, stack: Stack, bases: Sequence[str]) -> Stack:
-    """The stack, or the module around it that makes its position ids.
+    """The stack, or the module around it that gets the caller's mask and makes the position ids.
 
-    What a module in between counts, ``0, 1, 2, …`` whatever the mask says, must not be taken for the caller's.
-    Ids of several dimensions are of images, and stay that module's matter.
+    What a module in between counts, ``0, 1, 2, …`` whatever the mask says, must not be taken for the caller's;
+    and where it prepares the masks, padding can no longer be told. Ids of several dimensions are of images, and
+    stay that module's matter.
     """
     around = [path for path in _outwards(stack.path) if internals.takes(model.get_submodule(path), "position_ids")]
     inside = [path for path in around if sum(_contains(path, base) for base in bases) == 1]
-    notes = watch(model, inputs, dict.fromkeys(inside, dict)).arguments
+    notes = watch(model, _with_mask(model, inputs), dict.fromkeys(inside, dict)).arguments
     for path in inside:
-        given = notes.get(path, {}).get("position_ids")
-        if given is None:
-            return replace(stack, path=path)
-        if given.ndim > 2:
+        ids, mask = (notes.get(path, {}).get(name) for name in ("position_ids", "attention_mask"))
+        if ids is not None and ids.ndim > 2:
             break
+        if ids is None and (mask is None or (isinstance(mask, torch.Tensor) and mask.ndim == 2)):
+            return replace(stack, path=path)
     return stack
+
+
+def _with_mask(model: PreTrainedModel, inputs: Inputs) -> Inputs:
+    """The inputs with a mask of their tokens, if the model takes one."""
+    ids = inputs.get("input_ids")
+    if ids is None or "attention_mask" in inputs or not internals.takes(model, "attention_mask"):
+        return inputs
+    return {**inputs, "attention_mask": torch.ones_like(ids)}
 
 
 def _outwards(path: str) -> Iterator[str]:
