@@ -167,7 +167,7 @@ def indexes_by_place(config: PreTrainedConfig) -> bool:
 
 
 def looked_elsewhere(error: Exception) -> bool:
-    """Whether a watched model failed since it has attention functions of its own, as ModernBERT before 5.5."""
+    """Whether a watched model failed since it has attention functions of its own, as some have before 5.5."""
     return isinstance(error, KeyError) and error.args == (WATCHED,)
 
 
