@@ -10,8 +10,8 @@ from prefixkit.testing import Conformance, Deviation
 FLEX = "transformers gives T5's bias one row, and flex attention looks it up by row: batches fail, prefix or not"
 VERSION = Version(transformers.__version__)
 ON_INTERFACE = Version("5.15") <= VERSION
-OLD = ON_INTERFACE and Version("5.20") > VERSION
-ASSISTED = "transformers 5.15 to 5.19 fails in assisted decoding of T5, prefix or not"
+OLD = ON_INTERFACE and Version("5.21") > VERSION
+ASSISTED = "transformers 5.15 to 5.20 fails in assisted decoding of T5, prefix or not"
 CACHE = {"engine": "cache", "attention": "flex_attention"}
 DENSE = "T5's cross-attention before transformers 5.0 takes no 4-D masks, with which this test hides text from a prompt"
 PROMPT = ("test_prefix_of_a_text_is_that_text_as_a_prompt", {"positions": "shift"})
