@@ -198,6 +198,11 @@ def seen_inside(model: PreTrainedModel, path: str, ids: torch.Tensor) -> torch.T
 
 
 def window_inside(model: PreTrainedModel, path: str, ids: torch.Tensor) -> int | None:
-    """How many tokens the last query of the attention module ``path`` sees; ``None``: all of them."""
+    """How many tokens the last query of the attention module ``path`` sees; ``None``: all of them.
+
+    An encoder-decoder off the interface (T5 in older versions) is taken to have no window.
+    """
+    if model.config.is_encoder_decoder:
+        return None
     seen = int(seen_inside(model, path, ids)[-1].sum())
     return None if seen == ids.shape[1] else seen
