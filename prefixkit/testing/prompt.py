@@ -227,7 +227,8 @@ def text_as_prompt(subject: Subject, *, engine: str, attention: str, shift: bool
     # The config has "none" where no position can be moved.
     shift = prefixkit.config(model).positions == "shift"
     policies = Policies(encoder=engine == "attention", shift=shift, pinned=pinned)
-    kind = PlainOracle if subject.traits.encodes and not subject.traits.on_interface else PromptOracle
+    no_cache = not subject.traits.on_interface and not subject.traits.decodes
+    kind = PlainOracle if no_cache else PromptOracle
     oracle = kind(subject, policies)
     sites = prefixkit.sites(model)
     flat = oracle.flat(sites)

@@ -38,6 +38,8 @@ class Sites:
             (site.path, site.stack, site.layer, site.kv_heads, site.key_dim, site.value_dim, site.window)
             for stack in stacks
             for site in stack.sites
+            # Off the interface the calls of an encoder-decoder are seen in its cache, which its encoder has none of.
+            if subject.traits.on_interface or not subject.is_encoder_decoder or stack.name == "decoder"
         }
         assert stated == found
 
