@@ -147,8 +147,9 @@ class Stack:
             :func:`prefixkit.through_cache` is one for attention that takes a cache.
         caches: Whether the stack's native cache keeps exactly what its attention is given, one layer
             for each site, so that the cache engine can serve it.
-        turns: How often a module calls its attention in one run of the stack, by path, where that is more
-            than once. ``layers=`` may leave some of these without a prefix; they are counted all the same.
+        turns: Counted by prefixkit from the sites: how often a module calls its attention in one run of the
+            stack, by path, where that is more than once. ``layers=`` may leave some of these without a
+            prefix; they are counted all the same.
     """
 
     name: str

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
-from inspect import signature
 from typing import Any
 
 import torch
@@ -147,7 +146,7 @@ def stacks_of(model: PreTrainedModel, adapter: Adapter) -> list[Stack]:
 
 def _check_positions(model: PreTrainedModel, stack: Stack) -> None:
     """Ids that a caller may pass are never dropped without a word."""
-    takes_ids = "position_ids" in signature(model.get_submodule(stack.path).forward).parameters
+    takes_ids = internals.takes(model.get_submodule(stack.path), "position_ids")
     ignored = isinstance(stack.positions, RelativeBias) and stack.positions.ignores_ids
     if takes_ids and not ignored and not isinstance(stack.positions, PositionIds | None):
         raise PluginError(
@@ -175,15 +174,7 @@ def _select(model: PreTrainedModel, stacks: list[Stack], config: PrefixConfig) -
     every = [site for stack in stacks for site in stack.sites]
     _check_asked("stacks", config.stacks, {site.stack for site in every}, model)
     _check_asked("layers", config.layers, {site.layer for site in every}, model)
-    chosen = tuple(
-        replace(
-            stack,
-            sites=tuple(site for site in stack.sites if _asked(site, config)),
-            hands_down=stack.hands_down and _can_hand_down(model, stack),
-            turns={path: count for path, count in Counter(site.path for site in stack.sites).items() if count > 1},
-        )
-        for stack in stacks
-    )
+    chosen = tuple(_chosen(model, stack, config) for stack in stacks)
     if not any(stack.sites for stack in chosen):
         raise ConfigError(
             f"stacks={config.stacks} and layers={config.layers} leave no attention of {type(model).__name__}"
@@ -191,8 +182,22 @@ def _select(model: PreTrainedModel, stacks: list[Stack], config: PrefixConfig) -
     return chosen
 
 
+def _chosen(model: PreTrainedModel, stack: Stack, config: PrefixConfig) -> Stack:
+    """The stack with the sites that are asked for, and what follows from all that it has."""
+    turns = {path: count for path, count in Counter(site.path for site in stack.sites).items() if count > 1}
+    return replace(
+        stack,
+        sites=tuple(site for site in stack.sites if _asked(site, config)),
+        turns=turns,
+        # Turns are counted beside the call, where a layer that is computed again finds its own.
+        hands_down=stack.hands_down and not turns and _can_hand_down(model, stack),
+    )
+
+
 def _can_hand_down(model: PreTrainedModel, stack: Stack) -> bool:
-    """Some versions of transformers drop in a layer what its stack accepts."""
+    """Whether a keyword argument can get to the attention; some versions drop in a layer what its stack accepts."""
+    if stack.site_forward is not None or not internals.takes_any_keyword(model.get_submodule(stack.path)):
+        return False
     return all(internals.can_hand_down(model, stack.path, site.path) for site in stack.sites)
 
 

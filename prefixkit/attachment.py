@@ -17,13 +17,14 @@ from torch.nn import functional
 
 from prefixkit import transformers_internals as internals
 from prefixkit.adapter import PositionTable, Stack, join_path
-from prefixkit.attention_engine import AttentionEngine, hands_down, stand_before_attention
+from prefixkit.attention_engine import AttentionEngine, stand_before_attention
 from prefixkit.cache_engine import CacheEngine
 from prefixkit.errors import AttachmentError, CheckpointError, EngineError, UnsupportedModelError
 from prefixkit.head import head_parameters
 from prefixkit.layout import KeyValue, Layout
 from prefixkit.positions import count_positions, forget_positions, look_up_placed
 from prefixkit.prefix_config import PrefixConfig
+from prefixkit.prefix_state import take_away
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -238,8 +239,7 @@ class LeaveStack:
 
     def __call__(self, *_: Any) -> None:
         """Take the state away that travelled beside the call."""
-        if isinstance(self.attachment.engine, AttentionEngine):
-            self.attachment.engine.leave(self.stack, self.attachment)
+        take_away(self.attachment.state_key(self.stack))
 
 
 def find(model: nn.Module) -> Attachment | None:
@@ -321,7 +321,7 @@ def _add_hooks(model: PreTrainedModel, attachment: Attachment) -> None:
         # Last of the pre-hooks: what others add to the arguments is there already.
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(AfterStack(attachment, stack), with_kwargs=True, prepend=True))
-        if not hands_down(module, stack):
+        if isinstance(attachment.engine, AttentionEngine) and not stack.hands_down:
             handles.append(module.register_forward_hook(LeaveStack(attachment, stack), always_call=True))
         for site in stack.sites[:1]:
             inside = model.get_submodule(site.path)

@@ -32,7 +32,6 @@ from prefixkit.prefix_state import (
     look_beside,
     put_before,
     put_beside,
-    take_away,
 )
 from prefixkit.widening import widen_bias
 
@@ -71,11 +70,11 @@ class AttentionEngine:
                 _check_reachable(site.path, model.get_submodule(site.path), stack)
         for config in self._configs(model, attachment):
             internals.check_wrappable(config)
-        sites = (model.get_submodule(site.path) for site in attachment.layout.sites)
-        attachment.homes = tuple(dict.fromkeys(home for module in sites for home in internals.homes_of(module)))
 
     def attach(self, model: nn.Module, attachment: Attachment) -> None:
-        """Wrap the attention implementation of the stacks and mark the sites."""
+        """Stand before the attention functions of the sites and mark them."""
+        modules = (model.get_submodule(site.path) for site in attachment.layout.sites)
+        attachment.homes = tuple(dict.fromkeys(home for module in modules for home in internals.homes_of(module)))
         stand_before_attention(attachment.homes)
         for stack in attachment.stacks:
             for path in dict.fromkeys(site.path for site in stack.sites):
@@ -141,8 +140,7 @@ class AttentionEngine:
         Raises:
             EngineError: If none of its attention has asked for the prefix.
         """
-        # In training every layer may have been dropped.
-        if not module.training and stack.sites:
+        if stack.sites and not internals.may_drop_layers(module):
             state = arguments.get(STATE)
             if state is None and not torch.compiler.is_compiling():
                 state = look_beside(attachment.state_key(stack))
@@ -154,16 +152,11 @@ class AttentionEngine:
         return output
 
     @staticmethod
-    def leave(stack: Stack, attachment: Attachment) -> None:
-        """The stack has run, or failed: nothing stays beside the call."""
-        take_away(attachment.state_key(stack))
-
-    @staticmethod
     def _send(
         module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Attachment, state: PrefixState
     ) -> dict[str, Any]:
         """Put ``state`` on its way to the attention."""
-        if hands_down(module, stack):
+        if stack.hands_down:
             return {**arguments, STATE: state}
         put_beside(attachment.state_key(stack), state)
         if module.training:
@@ -198,7 +191,7 @@ class AttentionEngine:
 def _check_reachable(path: str, module: nn.Module, stack: Stack) -> None:
     if stack.site_forward is not None:
         if not internals.takes_what(module, stack.site_forward):
-            takes = ", ".join(internals.parameter_names(module))
+            takes = ", ".join(internals.parameter_names(type(module)))
             raise UnreachableAttentionError(
                 f"the forward of {path!r}, {type(module).__name__}, takes {takes} in transformers {internals.VERSION}, "
                 "which is not what its adapter was written for"
@@ -218,11 +211,6 @@ def _check_masks(path: str, module: nn.Module) -> None:
             f"the attention of {path!r} was made as {name!r}, which takes no mask that the attention engine could "
             "widen; make the model with attn_implementation='eager', or pass engine='cache'"
         )
-
-
-def hands_down(module: nn.Module, stack: Stack) -> bool:
-    """Whether the prefix can travel to the stack's attention as a keyword argument."""
-    return stack.hands_down and stack.site_forward is None and internals.takes_any_keyword(module)
 
 
 def _slides(stack: Stack, attachment: Attachment) -> bool:

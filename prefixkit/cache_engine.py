@@ -88,7 +88,8 @@ class CacheEngine:
         if call.mask is not None and _has_self_sites(attachment):
             arguments["attention_mask"] = _widen(call.mask, tokens)
         # A decoder that takes no such mask sees all of its encoder's states.
-        masked = internals.takes(module, "encoder_attention_mask")
+        given = arguments.get("encoder_attention_mask") is not None
+        masked = given or internals.takes(module, "encoder_attention_mask")
         if masked and _has_cross_sites(attachment) and arguments.get("encoder_hidden_states") is not None:
             arguments["encoder_attention_mask"] = _wider_encoder_mask(arguments, tokens)
         return {**arguments, "past_key_values": cache}

@@ -57,9 +57,11 @@ def apply(
         num_virtual_tokens: Length P of the prefix.
         name: Name of the prefix, a Python identifier.
         adapter: Overrules the installed plugins.
-        engine: ``"attention"``, ``"cache"``, or ``"auto"``: attention.
+        engine: ``"attention"``, ``"cache"``, or ``"auto"``: attention, and the cache where a model's attention
+            cannot be reached.
         positions: ``"shift"``: the first real token stands at position P, as after a prompt of P
-            tokens. ``"none"``: at position 0.
+            tokens. ``"none"``: at position 0. A model whose positions cannot be moved has ``"none"``, and
+            its config says so.
         window: ``"pinned"``: every query sees the prefix. ``"slide"``: in layers with a sliding
             window it slides out of sight like ordinary context.
         init: ``"random"``, or the flat prefix itself, ``(P, width)`` (``"p-tuning-v2"`` only).

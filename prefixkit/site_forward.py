@@ -7,8 +7,6 @@ Nothing of the architecture is written again, so nothing of it can differ.
 
 from __future__ import annotations
 
-import functools
-from inspect import signature
 from typing import Any
 
 import torch
@@ -100,15 +98,10 @@ def _check_mask(module: nn.Module, mask: torch.Tensor | None, states: torch.Tens
         )
 
 
-@functools.cache
-def _read_parameters(cls: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(signature(cls.forward).parameters)[1:]
-
-
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
     """Names of what ``forward`` takes; torch.compile need not look how they are found."""
-    return _read_parameters(cls)  # type: ignore[arg-type]
+    return internals.parameter_names(cls)
 
 
 def mask_in_front(module: nn.Module, mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -127,6 +120,12 @@ def alibi_in_front(module: nn.Module, alibi: torch.Tensor, slopes: torch.Tensor)
     Under ``positions="shift"`` the prefix stands right before the first real token. Under ``"none"`` it is
     at no distance from any token.
 
+    Example::
+
+        alibi = prefixkit.alibi_in_front(module, alibi, slopes)
+        key, value, mask = prefixkit.in_front(module, key, value, mask)
+        scores = query @ key.transpose(-1, -2) * scaling + alibi + mask
+
     Args:
         module: The site's module.
         alibi: The bias of the real keys, ``(batch or 1, heads, queries or 1, keys)``: slope × position, the
@@ -135,6 +134,9 @@ def alibi_in_front(module: nn.Module, alibi: torch.Tensor, slopes: torch.Tensor)
 
     Returns:
         ``(batch or 1, heads, queries or 1, P + keys)``; ``alibi`` itself without a prefix.
+
+    Raises:
+        EngineError: If the prefix has not reached the module.
     """
     found = find_state(module, {}, looks=True)
     if found is None:

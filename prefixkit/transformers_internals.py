@@ -204,7 +204,7 @@ class SiteForward:
         self.module = module
         self.function = function
         self.serves = serves
-        self.names = parameter_names(module)
+        self.names = parameter_names(type(module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As ``module.forward``."""
@@ -213,9 +213,14 @@ class SiteForward:
         return self.function(self.module, **dict(zip(self.names, args, strict=False)), **kwargs)
 
 
-def parameter_names(module: nn.Module) -> tuple[str, ...]:
-    """The names of the parameters of the module's own ``forward``, in order."""
-    return tuple(signature(type(module).forward).parameters)[1:]
+def parameter_names(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The names of the parameters of the class's ``forward``, in order."""
+    return _names_of(cls.forward)
+
+
+@cache
+def _names_of(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(signature(forward).parameters)[1:]
 
 
 def takes_what(module: nn.Module, function: Callable[..., Any]) -> bool:
@@ -296,6 +301,12 @@ def can_hand_down(model: nn.Module, stack: str, site: str) -> bool:
     paths = [".".join(filter(None, (stack, *names[:depth]))) for depth in range(len(names) + 1)]
     modules = (model.get_submodule(path) for path in paths)
     return all(isinstance(module, nn.ModuleList) or takes_any_keyword(module) for module in modules)
+
+
+def may_drop_layers(stack: nn.Module) -> bool:
+    """Whether a training step may leave out every layer of ``stack`` (LayerDrop)."""
+    shares = (getattr(of, "layerdrop", 0.0) for of in (stack, getattr(stack, "config", None)))
+    return stack.training and any(shares)
 
 
 def uses_reentrant_checkpointing(stack: nn.Module) -> bool:

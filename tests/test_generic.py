@@ -173,6 +173,25 @@ def test_turns_are_counted_again_where_layers_are_computed_again():
     torch.testing.assert_close(*gradients)
 
 
+def test_turns_of_an_adapter_that_says_nothing_of_keywords_are_counted_the_same():
+    """The sites tell it: an author need not know that turns are counted beside the call."""
+
+    def adapter(hands_down):
+        stacks = GENERIC.stacks(build("causal", "diffllama").model)
+        stated = [replace(stack, hands_down=hands_down) for stack in stacks]
+        return prefixkit.Adapter(model_types=(), stacks=lambda _: stated)
+
+    gradients = []
+    for hands_down in (False, True):
+        model = build("causal", "diffllama").model.train()
+        prefixkit.apply(model, num_virtual_tokens=4, adapter=adapter(hands_down))
+        strengthen(model)
+        enable_checkpointing(model)
+        model(torch.arange(10, 17)[None]).logits.square().mean().backward()
+        gradients.append(model.get_parameter("prefixkit.default.embedding.weight").grad)
+    assert torch.equal(*gradients)
+
+
 def test_multiple_choice_of_shared_layers():
     config = build("encoder", "albert").model.config
     model = prefixkit.apply(AlbertForMultipleChoice(config).eval(), num_virtual_tokens=4)

@@ -58,7 +58,6 @@ def test_attention_that_leaves_its_cache_aside_is_named(monkeypatch):
 
     model = apply(GPTJ.adapter)
     monkeypatch.setattr(type(model.transformer.h[0].attn), "forward", forward)
-    monkeypatch.setattr(prefixkit.site_forward, "_read_parameters", lambda cls: ("layer_past", "attention_mask"))
     with pytest.raises(EngineError, match="^GPTJAttention.forward does not use its 'layer_past'; pass engine='cache'$"):
         model(tiny.tokens(4)[None])
 

@@ -195,7 +195,8 @@ def test_engine_of_a_decoder_off_the_interface():
     assert model._prefixkit.engine.name == ("cache" if old else "attention")
 
 
-def test_sites_that_never_call_attention_are_refused_at_the_first_call():
+@pytest.mark.parametrize("training", [False, True])
+def test_sites_that_never_call_attention_are_refused_at_the_first_call(training):
     right = next(prefixkit_llama.prefixkit_adapters())
 
     def stacks(model):
@@ -203,7 +204,7 @@ def test_sites_that_never_call_attention_are_refused_at_the_first_call():
             wrong = (replace(site, path=site.path.replace("self_attn", "mlp")) for site in stack.sites)
             yield replace(stack, sites=tuple(wrong))
 
-    model = tiny.make("llama").eval()
+    model = tiny.make("llama").train(training)
     prefixkit.apply(model, num_virtual_tokens=4, adapter=replace(right, stacks=stacks))
     with pytest.raises(
         prefixkit.EngineError, match="^no attention of the stack 'model' asked for its prefix: its adapter names"

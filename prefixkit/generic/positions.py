@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +27,7 @@ def positions_of(model: PreTrainedModel, inputs: Mapping[str, Any], stack: Stack
     if _counts_from_zero(model.config.get_text_config()):
         return None
     before = watch(model, inputs, {stack.path: dict})
-    if "position_ids" in signature(module.forward).parameters:
+    if internals.takes(module, "position_ids"):
         return _position_ids(model, inputs, stack, before)
     return _position_table(module, stack, before)
 
@@ -88,7 +87,7 @@ def _layers_of_other_kinds(model: nn.Module, stack: Stack) -> list[str]:
     return [
         path
         for path, module in model.get_submodule(stack.path).named_modules(prefix=stack.path)
-        if "position_ids" in signature(module.forward).parameters
+        if internals.takes(module, "position_ids")
         and not any(site.startswith(path + ".") or path.startswith(site) for site in sites if path)
         and path != stack.path
         and any(True for _ in module.parameters())
@@ -119,8 +118,8 @@ def _first_tensor(value: Any) -> torch.Tensor | None:
 def _equal(one: Watched, other: Watched, stack: Stack) -> bool:
     """Whether queries and keys of the stack's sites are the same in both."""
     here = {site.path for site in stack.sites}
-    pairs = zip(one.calls, other.calls, strict=True)
-    return all(
+    pairs = zip(one.calls, other.calls, strict=False)
+    return len(one.calls) == len(other.calls) and all(
         torch.allclose(a.query, b.query, atol=1e-5) and torch.allclose(a.key, b.key, atol=1e-5)
         for a, b in pairs
         if a.path in here

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +39,10 @@ def generic_adapter(inputs: Inputs | None = None) -> Adapter:
     Args:
         inputs: Arguments for ``model.forward``, small ones; by default tokens, an image or a sound,
             as the model names its main input.
+
+    Returns:
+        An adapter whose ``stacks`` raises :class:`UnsupportedModelError` for a model that it cannot watch, or
+        whose attention it cannot serve, with the reason.
     """
     return Adapter(model_types=(), stacks=lambda model: watched_stacks(model, inputs))
 
@@ -57,7 +60,7 @@ def watched_stacks(model: PreTrainedModel, inputs: Inputs | None = None) -> list
     groups = _groups(model, watched)
     stacks = [_stack(model, base, calls, groups, watched) for base, calls in groups.items()]
     stacks = [_counting_itself(model, inputs, stack, list(groups)) for stack in _number_layers(model, stacks)]
-    stacks = _learn_hands_down(model, inputs, stacks)
+    stacks = [replace(stack, hands_down=_hands_down(model, inputs, stack)) for stack in stacks]
     stacks = [replace(stack, positions=positions_of(model, inputs, stack)) for stack in stacks]
     return [_learn_cache(model, inputs, stack) if stack.name == "decoder" else stack for stack in stacks]
 
@@ -142,9 +145,9 @@ def _stack(
 ) -> Stack:
     others = [other for other in groups if other != base]
     path = _stack_path(model, base, others)
-    takes = signature(model.get_submodule(path).forward).parameters
+    cached = internals.takes(model.get_submodule(path), "past_key_values")
     crosses = len(groups) > 1 and any(map(_crosses, calls))
-    decodes = crosses or ("past_key_values" in takes and any(_is_causal(call.mask) for call in calls))
+    decodes = crosses or (cached and any(_is_causal(call.mask) for call in calls))
     sites = tuple(
         Site(
             path=call.path,
@@ -176,15 +179,10 @@ def _first_turns(calls: Sequence[AttentionCall], runs: int) -> Iterator[tuple[At
 
 def _stack_path(model: nn.Module, base: str, others: Sequence[str]) -> str:
     """From ``base`` outwards, the first module that takes positions, else tokens; it must run no other stack."""
-    chain = [base]
-    while chain[-1]:
-        above = chain[-1].rpartition(".")[0]
-        if any(not above or other == above or other.startswith(above + ".") for other in others):
-            break
-        chain.append(above)
-    for wanted in ({"position_ids"}, {"input_ids", "inputs_embeds"}):
+    chain = [path for path in _outwards(base) if path == base or not any(_contains(path, other) for other in others)]
+    for wanted in (("position_ids",), ("input_ids", "inputs_embeds")):
         for path in chain:
-            if wanted & set(signature(model.get_submodule(path).forward).parameters):
+            if any(internals.takes(model.get_submodule(path), name) for name in wanted):
                 return path
     return base
 
@@ -266,13 +264,9 @@ def _numbered(model: nn.Module, stack: Stack, counts: dict[str, int]) -> Iterato
             yield replace(site, layer=index if known and index is not None else count)
 
 
-def _learn_hands_down(model: PreTrainedModel, inputs: Inputs, stacks: Sequence[Stack]) -> list[Stack]:
-    """Whether a keyword argument that a stack does not know arrives at all of its attention."""
-    return [replace(stack, hands_down=_hands_down(model, inputs, stack)) for stack in stacks]
-
-
 def _hands_down(model: PreTrainedModel, inputs: Inputs, stack: Stack) -> bool:
-    if not internals.takes_any_keyword(model.get_submodule(stack.path)) or any(site.turn for site in stack.sites):
+    """Whether a keyword argument that the stack does not know arrives at all of its attention."""
+    if not internals.takes_any_keyword(model.get_submodule(stack.path)):
         return False
     try:
         watched = watch(model, inputs, {stack.path: lambda arguments: {**arguments, STATE: "a probe"}})
@@ -284,8 +278,8 @@ def _hands_down(model: PreTrainedModel, inputs: Inputs, stack: Stack) -> bool:
 
 def _learn_cache(model: PreTrainedModel, inputs: Inputs, stack: Stack) -> Stack:
     """Whether the native cache keeps, layer by layer, what the attention is given, and nothing else."""
-    takes = signature(model.get_submodule(stack.path).forward).parameters
-    if "past_key_values" not in takes or "use_cache" not in takes:
+    module = model.get_submodule(stack.path)
+    if not internals.takes(module, "past_key_values") or not internals.takes(module, "use_cache"):
         return replace(stack, caches=False)
     try:
         watched = watch(model, inputs, {stack.path: lambda arguments: {**arguments, "use_cache": True}})

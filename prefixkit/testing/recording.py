@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
@@ -69,14 +69,27 @@ def eager_functions(model: PreTrainedModel) -> dict[str, Any]:
 
 
 @contextmanager
+def replaced_attention(model: PreTrainedModel, replacement: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside the block ``model`` runs eager attention, with ``replacement(function)`` for each of its functions."""
+    eager = eager_functions(model)
+    with attention_implementation(model, "eager"):
+        try:
+            for name, function in eager.items():
+                setattr(sys.modules[name], EAGER, replacement(function))
+            yield
+        finally:
+            for name, function in eager.items():
+                setattr(sys.modules[name], EAGER, function)
+
+
+@contextmanager
 def recorded_calls(model: PreTrainedModel) -> Iterator[list[AttentionCall]]:
     """The attention calls of the bare ``model`` inside the block, in order; it runs eager attention there.
 
     Off the interface a model that takes a cache runs with one, whatever its config says. In one that takes
     none the calls are found in what it computes.
     """
-    eager = eager_functions(model)
-    if not eager:
+    if not is_on_interface(model):
         with _off_the_interface(model) as calls:
             yield calls
         return
@@ -93,14 +106,8 @@ def recorded_calls(model: PreTrainedModel) -> Iterator[list[AttentionCall]]:
 
         return record
 
-    with attention_implementation(model, "eager"):
-        try:
-            for name, function in eager.items():
-                setattr(sys.modules[name], EAGER, recorder(function))
-            yield calls
-        finally:
-            for name, function in eager.items():
-                setattr(sys.modules[name], EAGER, function)
+    with replaced_attention(model, recorder):
+        yield calls
 
 
 def is_on_interface(model: PreTrainedModel) -> bool:
@@ -200,7 +207,7 @@ def seen_inside(model: PreTrainedModel, path: str, ids: torch.Tensor) -> torch.T
 def window_inside(model: PreTrainedModel, path: str, ids: torch.Tensor) -> int | None:
     """How many tokens the last query of the attention module ``path`` sees; ``None``: all of them.
 
-    An encoder-decoder off the interface (T5 in older versions) is taken to have no window.
+    An encoder-decoder off the interface is taken to have no window.
     """
     if model.config.is_encoder_decoder:
         return None

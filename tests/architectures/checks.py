@@ -7,9 +7,6 @@ the bare model, with the same model run another way, or with the same text as a 
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,7 +15,7 @@ from transformers import PreTrainedModel
 import prefixkit
 from architectures.tiny_models import TinyModel
 from prefixkit.errors import EngineError
-from prefixkit.testing.recording import EAGER, attention_implementation, is_on_interface, recorded_calls
+from prefixkit.testing.recording import is_on_interface, recorded_calls, replaced_attention
 from prefixkit.testing.subject import strengthen
 
 TOKENS = 4
@@ -220,34 +217,21 @@ def _mixes_elsewhere(tiny: TinyModel, inputs: dict[str, Any]) -> bool:
     model = copy.deepcopy(tiny.model)
     seen = []
     for given in (inputs, other):
-        with zero_attention(model), recorded_calls(model) as calls:
+        with replaced_attention(model, zeros_of), recorded_calls(model) as calls:
             outputs = run(model, given)[0]
         parts = [part for call in calls for part in (call.query, call.key, call.value)]
         seen.append([outputs[:, TOKENS:], *(part[:, :, TOKENS:] for part in parts)])
     return not all(torch.equal(one, two) for one, two in zip(*seen, strict=True))
 
 
-@contextmanager
-def zero_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside the block every attention function of the model gives zeros."""
-    files = {cls.__module__ for module in model.modules() for cls in type(module).__mro__}
-    eager = {name: getattr(sys.modules[name], EAGER) for name in files if hasattr(sys.modules[name], EAGER)}
+def zeros_of(function: Any) -> Any:
+    """An attention function that gives zeros of the shape that ``function`` gives."""
 
-    def zeros(function: Any) -> Any:
-        def attention(*args: Any, **kwargs: Any) -> Any:
-            output, weights = function(*args, **kwargs)
-            return torch.zeros_like(output), weights
+    def attention(*args: Any, **kwargs: Any) -> Any:
+        output, weights = function(*args, **kwargs)
+        return torch.zeros_like(output), weights
 
-        return attention
-
-    with attention_implementation(model, "eager"):
-        try:
-            for name, function in eager.items():
-                setattr(sys.modules[name], EAGER, zeros(function))
-            yield
-        finally:
-            for name, function in eager.items():
-                setattr(sys.modules[name], EAGER, function)
+    return attention
 
 
 def _compare(what: str, one: torch.Tensor, other: torch.Tensor) -> None:
