@@ -8,10 +8,13 @@ import bert_adapter
 import prefixkit_bart
 import prefixkit_llama
 import prefixkit_t5
+import pytest
 import test_prefixkit_legacy
 import test_prefixkit_t5
 import tiny
 import transformers
+import trocr_adapter
+from architectures.tiny_models import build
 from packaging.version import Version
 from test_prefixkit_bart import BESIDE, COMPILED
 from wrong.off_interface import with_site_forward
@@ -165,3 +168,14 @@ class TestT5Beside(Conformance):
 
     def make_model(self):
         return test_prefixkit_t5.TestT5.make_model(self)
+
+
+@pytest.mark.rare
+class TestTrOCR(Conformance):
+    """A table of positions, off the interface."""
+
+    adapter = trocr_adapter.ADAPTER
+    deviations = TestLlamaBeside.deviations
+
+    def make_model(self):
+        return build("causal", "trocr").model

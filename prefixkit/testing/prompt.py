@@ -95,12 +95,14 @@ class PromptOracle:
 
     def _off_the_interface(self, arguments: dict[str, Any], length: int) -> torch.Tensor:
         """Outputs of one causal stack that takes no mask of ours: its scores are changed inside of it."""
-        bias = None
-        if not self.policies.shift and self.subject.traits.position_ids:
+        if self.policies.shift:
+            with ChangedScores(TOKENS + length, pinned=self.policies.pinned):
+                return self.subject.logits(self.model, **arguments)
+        if self.subject.traits.position_ids:
             arguments["position_ids"] = self._unmoved_places(arguments["input_ids"], length)
-        if not self.policies.shift:
-            bias = bias_of(self.model, arguments)
-        with ChangedScores(TOKENS + length, bias=bias, pinned=self.policies.pinned):
+        with ChangedScores(TOKENS + length, bias=bias_of(self.model, arguments), pinned=self.policies.pinned):
+            if self._position_table("decoder"):
+                return self._with_moved_table("decoder", self.model, arguments, length)
             return self.subject.logits(self.model, **arguments)
 
     def _encoder_decoder(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -149,7 +151,9 @@ class PromptOracle:
 
     def _with_moved_table(self, stack: str, call: Any, arguments: dict[str, Any], length: int) -> torch.Tensor:
         """What ``call`` gives when the text's places in the position table hold the table's first rows."""
-        table, first = self._position_table(stack)
+        found = self._position_table(stack)
+        assert found, f"the {stack} of this model has neither position_ids, nor a bias, nor a stated table"
+        table, first = found
         kept = table.weight.detach().clone()
         with torch.no_grad():
             table.weight[first + TOKENS : first + TOKENS + length] = kept[first : first + length]
@@ -165,13 +169,13 @@ class PromptOracle:
             output: torch.Tensor = call(**arguments)[0]
         return output
 
-    def _position_table(self, stack: str) -> tuple[Any, int]:
+    def _position_table(self, stack: str) -> tuple[Any, int] | None:
         """A learned position table and its first row, for which there is no oracle but the adapter's word."""
         for stated in self.subject.adapter.stacks(self.model):
             if stated.name == stack and isinstance(stated.positions, PositionTable):
                 path = join_path(stated.path, stated.positions.path)
                 return self.model.get_submodule(path), stated.positions.offset
-        raise AssertionError(f"the {stack} of this model has neither position_ids, nor a bias, nor a stated table")
+        return None
 
     def _mask(self, rows: int, *, causal: bool, queries: int, keys: int) -> torch.Tensor:
         """``(rows, 1, P + queries, P + keys)``, additive: the prompt sees itself, the text sees both."""

@@ -189,7 +189,7 @@ def seen_inside(model: PreTrainedModel, path: str, ids: torch.Tensor) -> torch.T
 
         handles = [
             attention.register_forward_pre_hook(before, with_kwargs=True),
-            attention.register_forward_hook(lambda *call: kept.append(call[-1][0])),
+            attention.register_forward_hook(lambda *call: kept.append(_first_tensor(call[-1]))),
         ]
         try:
             with torch.no_grad():
@@ -197,11 +197,18 @@ def seen_inside(model: PreTrainedModel, path: str, ids: torch.Tensor) -> torch.T
         finally:
             for handle in handles:
                 handle.remove()
-        return kept[0][0]
+        return kept[0][0]  # the one row
 
     plain = output(None)
     changes = [(output(token) - plain).abs().amax(-1) > 1e-6 for token in range(ids.shape[1])]
     return torch.stack(changes, dim=1)
+
+
+def _first_tensor(output: Any) -> torch.Tensor:
+    """A module's output, or the first that its output holds."""
+    while not isinstance(output, torch.Tensor):
+        output = next(iter(output.values() if isinstance(output, dict) else output))
+    return output
 
 
 def window_inside(model: PreTrainedModel, path: str, ids: torch.Tensor) -> int | None:
