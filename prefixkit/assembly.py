@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prefixkit import transformers_internals as internals
+from prefixkit import placement, transformers_internals as internals
 from prefixkit.adapter import Adapter, PositionIds, RelativeBias, Site, Stack
 from prefixkit.attachment import Attachment, carries_prefix, find
 from prefixkit.attention_engine import AttentionEngine, UnreachableAttentionError
@@ -55,7 +55,7 @@ def check_model(model: object) -> str:
 
 def build(model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None) -> Attachment:
     """A finished attachment for ``config``, not yet on the model, which stays as it is."""
-    if internals.is_spread(model):
+    if placement.is_spread(model):
         raise UnsupportedModelError(
             "the weights of this model are spread over processes already, and the prefix would not be kept alike in "
             "all of them; apply or load it first, then shard with fully_shard. Tensor parallel is not supported"
@@ -79,7 +79,7 @@ def build(model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None)
         config=replace(config, sites=layout.sites, positions=config.positions if moves else "none"),
         stacks=stacks,
         layout=layout,
-        encoder=_encoder(config, shape).to(internals.real_device(model)),
+        encoder=_encoder(config, shape).to(placement.real_device(model)),
         engine=CacheEngine() if config.engine == "cache" else AttentionEngine(),
     )
     if config.engine == "auto":

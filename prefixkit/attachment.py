@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from prefixkit import transformers_internals as internals
+from prefixkit import placement, transformers_internals as internals
 from prefixkit.adapter import PositionTable, Stack, join_path
 from prefixkit.attention_engine import AttentionEngine, stand_before_attention
 from prefixkit.cache_engine import CacheEngine
@@ -105,11 +105,11 @@ class Attachment:
         if pieces:
             raise EngineError(f"{pieces}: {IN_PIECES}")
         flat: torch.Tensor = self.encoder()
-        if internals.is_sharded(flat) and torch.is_grad_enabled():
+        if placement.is_sharded(flat) and torch.is_grad_enabled():
             raise EngineError(
                 "the prefix is sharded, and its gradients would stay in pieces; train through a call of the whole model"
             )
-        gathered: torch.Tensor = internals.whole(flat)
+        gathered: torch.Tensor = placement.whole(flat)
         return gathered
 
     def offset(self, stack: Stack) -> int:
@@ -139,7 +139,7 @@ class Attachment:
         Raises:
             CheckpointError: If they are offloaded, or FSDP1 holds them in pieces.
         """
-        tensors = {name: internals.whole(value) for name, value in self.tensors(model).items()}
+        tensors = {name: placement.whole(value) for name, value in self.tensors(model).items()}
         offloaded = [name for name, value in tensors.items() if value.is_meta]
         if offloaded:
             raise CheckpointError(f"{', '.join(offloaded)}: offloaded, so there is nothing here to save")
@@ -171,7 +171,7 @@ class Attachment:
 
     def is_sharded(self) -> bool:
         """Whether every process holds only a part of the prefix."""
-        return any(map(internals.is_sharded, self.encoder.parameters()))
+        return any(map(placement.is_sharded, self.encoder.parameters()))
 
     def state_name(self, name: str) -> str:
         """The name in the model's state dict of what a checkpoint calls ``name``."""
@@ -325,7 +325,7 @@ def _add_hooks(model: PreTrainedModel, attachment: Attachment) -> None:
             handles.append(module.register_forward_hook(LeaveStack(attachment, stack), always_call=True))
         for site in stack.sites[:1]:
             inside = model.get_submodule(site.path)
-            handles.append(inside.register_forward_pre_hook(internals.refuse_tensor_parallel))
+            handles.append(inside.register_forward_pre_hook(placement.refuse_tensor_parallel))
         if isinstance(stack.positions, PositionTable):
             table = module.get_submodule(stack.positions.path)
             if not isinstance(table, nn.Embedding):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from prefixkit import transformers_internals as internals
+from prefixkit import placement, transformers_internals as internals
 from prefixkit.adapter import PositionIds, RelativeBias, Stack
 from prefixkit.call import StackCall
 from prefixkit.errors import EngineError
@@ -183,7 +183,7 @@ class AttentionEngine:
         positions = stack.positions
         prefix_bias = positions.prefix_bias if isinstance(positions, PositionIds | RelativeBias) else None
         if prefix_bias is not None and moved is not None and attachment.offset(stack):
-            with internals.whole_weights():
+            with placement.whole_weights():
                 state.bias = prefix_bias(module, moved, config.num_virtual_tokens)
         return state
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from prefixkit import transformers_internals as internals
+from prefixkit import placement, transformers_internals as internals
 from prefixkit.adapter import PositionIds, RelativeBias, Stack
 from prefixkit.call import StackCall
 from prefixkit.errors import EngineError
@@ -82,7 +82,7 @@ class CacheEngine:
             # Places in the cache, which transformers before 5.4 makes masks from; not those of the tokens.
             arguments["cache_position"] = arguments["cache_position"] + tokens
         if internals.held_prefix(cache) is None:
-            dtype = internals.compute_dtype(module)
+            dtype = placement.compute_dtype(module)
             pieces = attachment.prepared(flat, dtype=dtype, training=module.training)
             fill_cache(cache, attachment, pieces, call.batch)
         if call.mask is not None and _has_self_sites(attachment):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from prefixkit import transformers_internals as internals
+from prefixkit import placement, transformers_internals as internals
 from prefixkit.attachment import require
 from prefixkit.cache_engine import check_cacheable, fill_cache
 from prefixkit.errors import ConfigError, EngineError
@@ -61,7 +61,7 @@ def to_cache(model: PreTrainedModel, batch_size: int = 1) -> Cache:
     module = model.get_submodule(decoder.path)
     with torch.no_grad():
         flat = attachment.flat().detach()
-    pieces = attachment.prepared(flat, dtype=internals.compute_dtype(module), training=False)
+    pieces = attachment.prepared(flat, dtype=placement.compute_dtype(module), training=False)
     # Own memory: a caller may write into the cache, or train the prefix further.
     pieces = {place: KeyValue(key.clone(), value.clone()) for place, (key, value) in pieces.items()}
     cache = internals.new_cache(internals.config_of(module))

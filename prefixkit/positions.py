@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from prefixkit import transformers_internals as internals
+from prefixkit import placement
 from prefixkit.adapter import PositionIds, PositionTable, Stack
 from prefixkit.call import StackCall
 from prefixkit.errors import EngineError
@@ -70,7 +70,7 @@ def look_up_placed(table: nn.Embedding, _: Any, output: torch.Tensor) -> torch.T
             "the position table is offloaded, and the prefix moves positions in it; keep it on a device in the device "
             "map"
         )
-    weight = internals.whole(table.weight)
+    weight = placement.whole(table.weight)
     return functional.embedding(rows.to(weight.device), weight)
 
 

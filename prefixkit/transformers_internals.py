@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, wraps
 from inspect import Parameter, signature
@@ -18,19 +18,11 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from prefixkit.errors import EngineError
-
-try:
-    from torch.distributed.tensor import DTensor
-except ImportError:  # torch was built without distributed, or is older than FSDP2's public place
-    SHARDED: tuple[type, ...] = ()
-else:
-    SHARDED = (DTensor,)
 
 try:
     from transformers import PreTrainedConfig
@@ -386,71 +378,3 @@ def set_not_updated(cache: Cache, layers: range) -> None:
     """Have the decoder append the encoder's states to a filled cross cache, not skip them."""
     if isinstance(cache, EncoderDecoderCache):
         cache.is_updated.update(dict.fromkeys(layers, False))
-
-
-def compute_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype in which ``module`` makes its keys: the autocast dtype, else that of its weights."""
-    weights = next((weight for weight in module.parameters() if weight.is_floating_point()), None)
-    if weights is None:
-        raise EngineError(
-            f"{type(module).__name__} has no parameters of its own here, as in a replica of nn.DataParallel; "
-            "use engine='attention'"
-        )
-    kind = "cpu" if weights.is_meta else weights.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights.dtype
-
-
-def is_sharded(value: object) -> bool:
-    """Whether this process holds only its part of a tensor: a ``DTensor`` of FSDP2 or tensor parallel."""
-    return isinstance(value, SHARDED)
-
-
-def whole(value: Any) -> Any:
-    """A sharded tensor gathered from the processes that share it, all of which have to call; all else as it is."""
-    return value.full_tensor() if is_sharded(value) else value
-
-
-class WholeWeights(TorchFunctionMode):
-    """Inside, what an operation is given is whole: for reading weights outside of their own layer's call.
-
-    FSDP2 gathers the weights of a layer while that layer runs, and at no other time.
-    """
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """``function`` of the whole tensors; asking for a device or a shape gathers nothing."""
-        if getattr(function, "__name__", "") != "__get__":
-            args = tuple(whole(value) for value in args)
-            kwargs = {name: whole(value) for name, value in (kwargs or {}).items()}
-        return function(*args, **(kwargs or {}))
-
-
-def whole_weights() -> AbstractContextManager[Any]:
-    """:class:`WholeWeights` where there is more than this process, else nothing."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return WholeWeights() if several else nullcontext()
-
-
-def is_spread(model: nn.Module) -> bool:
-    """Whether the weights of ``model`` are spread over processes already, by FSDP2 or tensor parallel."""
-    return (getattr(model, "tp_size", None) or 1) > 1 or any(map(is_sharded, model.parameters()))
-
-
-def refuse_tensor_parallel(module: nn.Module, _args: tuple[Any, ...]) -> None:
-    """Forward pre-hook of an attention module, whose own weights FSDP2 has gathered by then.
-
-    Raises:
-        EngineError: If they are still in pieces while gradients are recorded.
-    """
-    if torch.is_grad_enabled() and any(map(is_sharded, module.parameters())):
-        raise EngineError(
-            f"the heads of this {type(module).__name__} are spread over devices (tensor parallel), and the prefix "
-            "would get a part of its gradient only; tensor parallel is not supported in training"
-        )
-
-
-def real_device(model: nn.Module) -> torch.device:
-    """The first device that holds weights of ``model``; offloaded ones are on none."""
-    devices = (weight.device for weight in model.parameters() if not weight.is_meta)
-    return next(devices, torch.device("cpu"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prefixkit import transformers_internals as internals
+from prefixkit import placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +44,7 @@ def candidates(model: PreTrainedModel, targets: int = TARGETS) -> Iterator[Input
         yield {"input_ids": _ids(model, TOKENS), **decoder}
     for value in _images(model) if main == "input_ids" and "pixel_values" in takes else ():
         yield {"input_ids": _ids(model, TOKENS), "pixel_values": value, **decoder}
-    dummies = {name: value.to(internals.real_device(model)) for name, value in model.dummy_inputs.items()}
+    dummies = {name: value.to(placement.real_device(model)) for name, value in model.dummy_inputs.items()}
     if all(name in takes for name in dummies):
         yield {**decoder, **dummies}
 
@@ -66,7 +66,7 @@ def _ids(model: PreTrainedModel, tokens: int) -> torch.Tensor:
     vocabulary = getattr(config, "vocab_size", None) or 100
     ordinary = [token for token in range(min(vocabulary, 1000)) if token not in special][-2 * tokens - 1 :]
     order = [ordinary[(2 * index) % len(ordinary)] for index in reversed(range(tokens))]
-    return torch.tensor([order], device=internals.real_device(model))
+    return torch.tensor([order], device=placement.real_device(model))
 
 
 def _text(model: PreTrainedModel) -> Iterator[torch.Tensor]:
@@ -127,4 +127,4 @@ def _settings(model: PreTrainedModel, name: str) -> Iterator[Any]:
 def _noise(model: PreTrainedModel, *shape: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(shape, generator=generator)
-    return values.to(device=internals.real_device(model), dtype=internals.compute_dtype(model))
+    return values.to(device=placement.real_device(model), dtype=placement.compute_dtype(model))

@@ -15,8 +15,8 @@ from prefixkit.adapter import Adapter, Site, Stack
 from prefixkit.errors import GUIDE, UnsupportedModelError
 from prefixkit.generic.inputs import TARGETS, candidates, required
 from prefixkit.generic.positions import positions_of
+from prefixkit.generic.probes import caches, hands_down
 from prefixkit.generic.watching import AttentionCall, Watched, watch
-from prefixkit.prefix_state import STATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,9 +60,11 @@ def watched_stacks(model: PreTrainedModel, inputs: Inputs | None = None) -> list
     groups = _groups(model, watched)
     stacks = [_stack(model, base, calls, groups, watched) for base, calls in groups.items()]
     stacks = [_counting_itself(model, inputs, stack, list(groups)) for stack in _number_layers(model, stacks)]
-    stacks = [replace(stack, hands_down=_hands_down(model, inputs, stack)) for stack in stacks]
+    stacks = [replace(stack, hands_down=hands_down(model, inputs, stack)) for stack in stacks]
     stacks = [replace(stack, positions=positions_of(model, inputs, stack)) for stack in stacks]
-    return [_learn_cache(model, inputs, stack) if stack.name == "decoder" else stack for stack in stacks]
+    return [
+        replace(stack, caches=caches(model, inputs, stack)) if stack.name == "decoder" else stack for stack in stacks
+    ]
 
 
 def _first_run(model: PreTrainedModel, inputs: Inputs | None) -> tuple[Inputs, Watched]:
@@ -236,11 +238,6 @@ def _is_causal(mask: Any) -> bool:
     return mask is not None and mask.shape[-2] > 1 and bool((mask[..., 0, 1:] < 0).all())
 
 
-def _chooses_keys(mask: Any) -> bool:
-    """Whether every head has a mask of its own, made from the keys: a prefix in the cache would take part in it."""
-    return mask is not None and mask.shape[1] > 1
-
-
 def _window(module: nn.Module, call: AttentionCall) -> int | None:
     window = call.options.get("sliding_window", getattr(module, "sliding_window", None))
     return int(window) if isinstance(window, int) and not isinstance(window, bool) else None
@@ -262,48 +259,3 @@ def _numbered(model: nn.Module, stack: Stack, counts: dict[str, int]) -> Iterato
             count = counts.get(kind, 0)
             counts[kind] = count + 1
             yield replace(site, layer=index if known and index is not None else count)
-
-
-def _hands_down(model: PreTrainedModel, inputs: Inputs, stack: Stack) -> bool:
-    """Whether a keyword argument that the stack does not know arrives at all of its attention."""
-    if not internals.takes_any_keyword(model.get_submodule(stack.path)):
-        return False
-    try:
-        watched = watch(model, inputs, {stack.path: lambda arguments: {**arguments, STATE: "a probe"}})
-    except Exception:  # noqa: BLE001 - some module on the way takes no such argument
-        return False
-    here = {site.path for site in stack.sites}
-    return all(STATE in call.options for call in watched.calls if call.path in here)
-
-
-def _learn_cache(model: PreTrainedModel, inputs: Inputs, stack: Stack) -> Stack:
-    """Whether the native cache keeps, layer by layer, what the attention is given, and nothing else."""
-    module = model.get_submodule(stack.path)
-    if not internals.takes(module, "past_key_values") or not internals.takes(module, "use_cache"):
-        return replace(stack, caches=False)
-    try:
-        watched = watch(model, inputs, {stack.path: lambda arguments: {**arguments, "use_cache": True}})
-    except Exception:  # noqa: BLE001 - whatever a model may raise
-        return replace(stack, caches=False)
-    return replace(stack, caches=_keeps(watched, stack))
-
-
-def _keeps(watched: Watched, stack: Stack) -> bool:
-    cache = internals.cache_in(watched.outputs.get(stack.path))
-    if cache is None:
-        return False
-    calls = {call.path: call for call in watched.calls}
-    if any(_chooses_keys(calls[site.path].mask) for site in stack.sites):
-        return False
-    own, cross = internals.self_and_cross(cache)
-    own_sites = {site.layer: site for site in stack.sites if site.stack == "decoder"}
-    if set(own_sites) != set(range(len(own.layers))):
-        return False  # other layers keep a state of another kind
-    if any(internals.layer_slides(layer) and own_sites[i].window is None for i, layer in enumerate(own.layers)):
-        return False  # chunks, or a window that only the mask knows of
-    layers = {"decoder": own.layers, "cross": cross.layers if cross is not None else []}
-    return all(
-        site.layer < len(layers[site.stack])
-        and internals.layer_holds(layers[site.stack][site.layer], calls[site.path].key, calls[site.path].value)
-        for site in stack.sites
-    )

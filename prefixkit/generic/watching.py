@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from prefixkit import transformers_internals as internals
+from prefixkit import placement, transformers_internals as internals
 from prefixkit.prefix_state import STATE
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class _Snapshot:
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """In eval mode and without gradients inside; afterwards everything is as before."""
     snapshots = [_Snapshot.of(module) for module in model.modules()]
-    device = internals.real_device(model)
+    device = placement.real_device(model)
     with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             model.eval()
