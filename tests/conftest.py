@@ -9,9 +9,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-import transformers
+from architectures.tiny_models import CannotBuild
 from hypothesis import HealthCheck, settings
-from packaging.version import Version
+from versions import within
 
 import prefixkit
 
@@ -23,13 +23,22 @@ settings.register_profile("thorough", parent=settings.get_profile("default"), ma
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 OFF_INTERFACE = "T5 is on transformers' attention interface from 5.15: before, an encoder prefix is a clear error"
+NOT_YET = "this transformers has no such model, or has its attention off the interface, and says so in a clear error"
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """That error, and no other, is what a test of T5 may end with on an older transformers."""
+    """These errors, and no others, are what a test may end with on an older transformers."""
     report = yield
-    error = str(call.excinfo.value) if call.excinfo and call.excinfo.errisinstance(prefixkit.EngineError) else ""
-    if Version(transformers.__version__) < Version("5.15") and "T5Attention, does not go through" in error:
-        report.outcome, report.wasxfail = "skipped", OFF_INTERFACE
+    excuse = _excuse(item, call.excinfo.value) if call.excinfo else None
+    if excuse:
+        report.outcome, report.wasxfail = "skipped", excuse
     return report
+
+
+def _excuse(item, error):
+    if within("4", "5.15") and isinstance(error, prefixkit.EngineError) and "T5Attention, does not go" in str(error):
+        return OFF_INTERFACE
+    unserved = isinstance(error, prefixkit.UnsupportedModelError) and "no attention of this" in str(error)
+    generic = within("4", "5.23") and item.path.name == "test_generic.py"
+    return NOT_YET if generic and (unserved or isinstance(error, CannotBuild)) else None

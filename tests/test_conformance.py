@@ -12,17 +12,15 @@ import pytest
 import test_prefixkit_legacy
 import test_prefixkit_t5
 import tiny
-import transformers
 import trocr_adapter
 from architectures.tiny_models import build
-from packaging.version import Version
+from changed_adapters import with_site_forward
 from test_prefixkit_bart import BESIDE, COMPILED
-from wrong.off_interface import with_site_forward
+from versions import within
 
 from prefixkit.testing import Conformance, Deviation
 
-VERSION = Version(transformers.__version__)
-ON_INTERFACE_BERT = Version("5.0") <= VERSION
+ON_INTERFACE_BERT = not within("4", "5.0")
 """Before, an encoder alone is served by neither engine: test_refusals has the error."""
 CROPS = ("test_prompt_lookup", "test_assisted_decoding")
 NOT_CROPPED = (
@@ -39,11 +37,6 @@ FLEX_CACHE_TESTS = (
     ("test_a_later_token_changes_no_earlier_output", {"engine": "cache", "attention": "flex_attention"}),
     ("test_prefix_of_a_text_is_that_text_as_a_prompt", {"engine": "cache", "attention": "flex_attention"}),
 )
-
-
-def within(first, end):
-    """Whether the installed transformers is ``first`` or later, and before ``end``."""
-    return Version(first) <= VERSION < Version(end)
 
 
 def beside(adapter):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 from architectures.tiny_models import build
+from test_conformance import FLEX_CACHE, FLEX_CACHE_TESTS
+from versions import within
 
 import prefixkit
 from prefixkit.testing import Conformance, Deviation
@@ -22,6 +24,7 @@ class TestOPT(Generic):
             "test_packed_rows_equal_rows_apart",
             {"engine": "attention"},
         ),
+        *([Deviation(FLEX_CACHE, *test) for test in FLEX_CACHE_TESTS] if within("4", "5.5") else []),
     )
 
     def make_model(self):

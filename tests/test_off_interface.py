@@ -9,7 +9,7 @@ import pytest
 import test_prefixkit_legacy
 import tiny
 import torch
-from wrong.off_interface import with_site_forward
+from changed_adapters import with_site_forward
 
 import prefixkit
 from prefixkit.attachment import find

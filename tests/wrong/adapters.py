@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import prefixkit_t5
 import torch
+from changed_adapters import with_each_site, with_each_stack, with_positions, with_sites, with_stacks
 from wrong.right import GPT2, T5, Bart, BartDecoder, Bert, Gemma2, Llama, Mistral, Qwen3
 
 from prefixkit import PositionIds, RelativeBias
@@ -19,31 +20,6 @@ PADDED = "test_padded_rows_equal_rows_alone"
 TARGETS = "test_padded_targets_equal_targets_alone"
 SLIDE = "test_a_sliding_prefix_leaves_the_window_as_context_does"
 SEEN = "test_every_query_sees_the_prefix"
-
-
-def with_stacks(adapter, change):
-    """``adapter`` with all its stacks changed: ``change(model, stacks)``."""
-    return replace(adapter, stacks=lambda model: change(model, list(adapter.stacks(model))))
-
-
-def with_each_stack(adapter, change):
-    """``adapter`` with each stack changed: ``change(model, stack)``."""
-    return with_stacks(adapter, lambda model, stacks: [change(model, stack) for stack in stacks])
-
-
-def with_sites(adapter, change):
-    """``adapter`` with the sites of each stack changed: ``change(model, sites)``."""
-    return with_each_stack(adapter, lambda model, stack: replace(stack, sites=tuple(change(model, stack.sites))))
-
-
-def with_each_site(adapter, change):
-    """``adapter`` with each site changed: ``change(model, site)`` gives the fields that differ."""
-    return with_sites(adapter, lambda model, sites: [replace(site, **change(model, site)) for site in sites])
-
-
-def with_positions(adapter, change):
-    """``adapter`` with the positions of each stack changed: ``change(stack)``."""
-    return with_each_stack(adapter, lambda model, stack: replace(stack, positions=change(stack)))
 
 
 # Which sites

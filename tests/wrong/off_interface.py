@@ -7,7 +7,7 @@ from functools import partial
 
 import prefixkit_legacy
 import torch
-from wrong.adapters import with_each_site, with_each_stack, with_positions
+from changed_adapters import with_each_site, with_positions, with_site_forward
 from wrong.right import Bloom, GptJ, GptNeo, Mpt, Subject
 
 from prefixkit import PositionIds, RelativeBias, attention_engine, in_front, site_forward, through_cache
@@ -22,11 +22,6 @@ SLIDE = "test_a_sliding_prefix_leaves_the_window_as_context_does"
 PADDED = "test_padded_rows_equal_rows_alone"
 BY_HAND = "test_decoding_by_hand"
 DISABLED = "test_disabled_and_removed"
-
-
-def with_site_forward(adapter, function):
-    """``adapter`` with another ``site_forward``."""
-    return with_each_stack(adapter, lambda model, stack: replace(stack, site_forward=function))
 
 
 # What an adapter says

@@ -231,8 +231,11 @@ class TestLilt(Encoder):
 
 
 HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+REFUSED = (TestLuke, TestIBert, TestVisualBert, TestLilt)
 TASKS = [
-    (family, getattr(transformers, f"{prefix}For{head}"))
+    pytest.param(
+        family, getattr(transformers, f"{prefix}For{head}"), marks=refused_when_old if family in REFUSED else ()
+    )
     for family, prefix in (
         (TestDebertaV2, "DebertaV2"),
         (TestDeberta, "Deberta"),
@@ -251,11 +254,11 @@ TASKS = [
         (TestLilt, "Lilt"),
     )
     for head in (*HEADS, "QuestionAnsweringSimple")
-    if hasattr(transformers, f"{prefix}For{head}")
+    if hasattr(transformers, name := f"{prefix}For{head}")
 ]
 
 
-@pytest.mark.parametrize(("family", "cls"), TASKS, ids=[cls.__name__ for _, cls in TASKS])
+@pytest.mark.parametrize(("family", "cls"), TASKS)
 def test_a_head_trains_and_is_saved_with_the_prefix(family, cls, tmp_path):
     """Two steps change the prefix and the head and nothing else, and both come back from a file."""
     config = family().make_model().config
@@ -372,6 +375,7 @@ class Site:
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
+@refused_when_old
 def test_entities_of_luke_see_the_prefix_as_words():
     config = transformers.LukeConfig(**SIZES, entity_vocab_size=20, entity_emb_size=16)
     site = Site(transformers.LukeModel(config), "encoder.layer.1.attention.self")
@@ -390,6 +394,7 @@ def test_entities_of_luke_see_the_prefix_as_words():
         site.check(found[0], scores, value)
 
 
+@refused_when_old
 def test_lilt_sees_the_prefix_as_text():
     site = Site(TestLilt().make_model(), "encoder.layer.1.attention.self", width=48)
     boxes = torch.randint(0, 60, (1, 7, 4), generator=torch.Generator().manual_seed(1)).sort().values
@@ -459,5 +464,5 @@ def test_an_attention_that_takes_something_else_is_refused():
     adapter = prefixkit.Adapter(
         model_types=("mpnet",), stacks=partial(prefixkit_encoders.stacks, families={"mpnet": wrong})
     )
-    with pytest.raises(prefixkit.EngineError, match="takes hidden_states, attention_mask, position_bias.* written for"):
+    with pytest.raises(prefixkit.EngineError, match="takes hidden_states, .*position_bias.* written for"):
         prefixkit.apply(TestMPNet().make_model(), num_virtual_tokens=4, adapter=adapter)
