@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     )
     from prefixkit.generic.stacks import generic_adapter as generic_adapter
     from prefixkit.hookspecs import hookimpl as hookimpl
+    from prefixkit.initialisation import (
+        ChunksInit as ChunksInit,
+        TextInit as TextInit,
+    )
     from prefixkit.layout import (
         KeyValue as KeyValue,
         Layout as Layout,
@@ -78,6 +82,8 @@ _HOME = {
     "sites": "lifecycle",
     "config": "lifecycle",
     "plugins": "discovery",
+    "TextInit": "initialisation",
+    "ChunksInit": "initialisation",
     "hookimpl": "hookspecs",
     "Adapter": "adapter",
     "Stack": "adapter",

@@ -26,6 +26,8 @@ from prefixkit.errors import (
     PluginError,
     UnsupportedModelError,
 )
+from prefixkit.frozen import add_frozen
+from prefixkit.gate import add_gate, check_gate
 from prefixkit.layout import Layout
 from prefixkit.method import PrefixShape
 from prefixkit.prefix_config import PrefixConfig
@@ -86,6 +88,11 @@ def build(model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None)
         _choose_engine(model, attachment)
     else:
         attachment.engine.check(model, attachment)
+    if config.gate:
+        check_gate(attachment.config, stacks, attachment.engine.name)
+        add_gate(attachment.encoder, layout)
+    if config.num_frozen_tokens:
+        add_frozen(attachment.encoder, config.num_frozen_tokens)
     return attachment
 
 

@@ -20,6 +20,8 @@ from prefixkit.adapter import PositionTable, Stack, join_path
 from prefixkit.attention_engine import AttentionEngine, stand_before_attention
 from prefixkit.cache_engine import CacheEngine
 from prefixkit.errors import AttachmentError, CheckpointError, EngineError, UnsupportedModelError
+from prefixkit.frozen import with_frozen
+from prefixkit.gate import GATE, open_gates
 from prefixkit.head import head_parameters
 from prefixkit.layout import KeyValue, Layout
 from prefixkit.positions import count_positions, forget_positions, look_up_placed
@@ -37,6 +39,7 @@ IN_PIECES = (
     "this process holds a part only, as under FSDP1 (FullyShardedDataParallel); use fully_shard (FSDP2), or do this "
     "inside FullyShardedDataParallel.summon_full_params(model)"
 )
+SHARDED = "the prefix is sharded, and its gradients would stay in pieces; train through a call of the whole model"
 FLAT = "prefix_flat"
 """The keyword under which a model with two stacks hands them the flat prefix, computed once."""
 
@@ -104,13 +107,24 @@ class Attachment:
         pieces = self._in_pieces(dict(self.encoder.named_parameters()))
         if pieces:
             raise EngineError(f"{pieces}: {IN_PIECES}")
-        flat: torch.Tensor = self.encoder()
+        flat = with_frozen(self.encoder, self.encoder()) if self.config.num_frozen_tokens else self.encoder()
         if placement.is_sharded(flat) and torch.is_grad_enabled():
-            raise EngineError(
-                "the prefix is sharded, and its gradients would stay in pieces; train through a call of the whole model"
-            )
+            raise EngineError(SHARDED)
         gathered: torch.Tensor = placement.whole(flat)
         return gathered
+
+    def gates(self) -> dict[str, torch.Tensor]:
+        """What each site's part of the output is multiplied with; empty without a gate.
+
+        Raises:
+            EngineError: If the gate is sharded and not gathered by the model's own call.
+        """
+        if not self.config.gate:
+            return {}
+        gate = self.encoder.get_parameter(GATE)
+        if placement.is_sharded(gate) and torch.is_grad_enabled():
+            raise EngineError(SHARDED)
+        return open_gates(placement.whole(gate), self.layout)
 
     def offset(self, stack: Stack) -> int:
         """How far the prefix moves the positions of ``stack``: P, or 0."""

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from prefixkit import placement, transformers_internals as internals
-from prefixkit.adapter import PositionIds, RelativeBias, Stack
+from prefixkit.adapter import PositionIds, RelativeBias, Site, Stack
 from prefixkit.call import StackCall
 from prefixkit.errors import EngineError
+from prefixkit.gate import add_gated
 from prefixkit.positions import place_positions
 from prefixkit.prefix_state import (
     MARK,
@@ -32,6 +33,7 @@ from prefixkit.prefix_state import (
     look_beside,
     put_before,
     put_beside,
+    stands_in,
 )
 from prefixkit.widening import widen_bias
 
@@ -80,7 +82,12 @@ class AttentionEngine:
             for path in dict.fromkeys(site.path for site in stack.sites):
                 module = model.get_submodule(path)
                 sites = tuple(site for site in stack.sites if site.path == path)
-                module.__dict__[MARK] = SiteMark(sites, attachment.state_key(stack), stack.turns.get(path, 1))
+                module.__dict__[MARK] = SiteMark(
+                    sites,
+                    attachment.state_key(stack),
+                    turns=stack.turns.get(path, 1),
+                    stands_in=stack.site_forward is not None,
+                )
                 if stack.site_forward is not None:
                     internals.stand_in(module, stack.site_forward, is_served)
 
@@ -126,11 +133,11 @@ class AttentionEngine:
             call = StackCall.read(arguments, cache.get_seq_length() if cache is not None else 0)
             real = place_positions(module, stack, arguments, call, attachment.offset(stack))
         state = self._state(module, stack, attachment, flat, real)
-        return self._send(module, stack, arguments, attachment, state)
+        return self.send(module, stack, arguments, attachment, state)
 
     def off(self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Attachment) -> dict[str, Any]:
         """The stack's arguments while the prefix is disabled."""
-        return self._send(module, stack, arguments, attachment, OFF)
+        return self.send(module, stack, arguments, attachment, OFF)
 
     def after(
         self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Attachment, output: Any
@@ -152,7 +159,7 @@ class AttentionEngine:
         return output
 
     @staticmethod
-    def _send(
+    def send(
         module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Attachment, state: PrefixState
     ) -> dict[str, Any]:
         """Put ``state`` on its way to the attention."""
@@ -179,6 +186,7 @@ class AttentionEngine:
             dropout=config.prefix_dropout,
             shifts=bool(attachment.offset(stack)),
             witness=None if torch.compiler.is_compiling() else Witness(),
+            gates=attachment.gates(),
         )
         positions = stack.positions
         prefix_bias = positions.prefix_bias if isinstance(positions, PositionIds | RelativeBias) else None
@@ -234,26 +242,42 @@ def make_attention(name: str, original: internals.AttentionFunction) -> internal
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, Any]:
-        found = find_state(module, kwargs)
+        found = None if stands_in(module) else find_state(module, kwargs)
         if found is None:
             return original(module, query, key, value, attention_mask, **kwargs)
         site, state = found
-        seen = state.seen(site)
-        if attention_mask is None and _sdpa_would_be_causal(name, module, query.shape[2], kwargs):
-            attention_mask = state.causal_mask(query.shape[2], key.shape[2], query.device)
-        if attention_mask is None and seen is not None:
-            attention_mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
-        if attention_mask is not None:
-            attention_mask = state.widened(attention_mask, seen, site.window, len(query))
-            if kwargs.get("is_causal"):  # the mask says it; torch's own would stand at the upper left
-                kwargs["is_causal"] = False
+        if state.read is not None:
+            state.note(site, key, value)
+            return original(module, query, key, value, attention_mask, **kwargs)
+        if state.gates:
+            output, weights = original(module, query, key, value, attention_mask, **kwargs)
+            return add_gated(output, query, kwargs, site=site, state=state, training=module.training), weights
+        causal = attention_mask is None and _sdpa_would_be_causal(name, module, query.shape[2], kwargs)
+        attention_mask = _wider_mask(attention_mask, query, key, causal=causal, site=site, state=state)
+        if attention_mask is not None and kwargs.get("is_causal"):
+            kwargs["is_causal"] = False  # the mask says it; torch's own would stand at the upper left
         if kwargs.get("position_bias") is not None:
-            front = None if site.stack == "cross" else state.bias
-            kwargs["position_bias"] = widen_bias(kwargs["position_bias"], front, state.num_virtual_tokens, len(query))
+            kwargs["position_bias"] = _wider_bias(kwargs["position_bias"], site, state, len(query))
         key, value = put_before(module, site, state, key, value)
         return original(module, query, key, value, attention_mask, **kwargs)
 
     return prefix_attention
+
+
+def _wider_mask(
+    mask: Any, query: torch.Tensor, key: torch.Tensor, *, causal: bool, site: Site, state: PrefixState
+) -> Any:
+    """The mask with the prefix's columns; where the model gave none, ``None`` still if nothing is hidden."""
+    seen = state.seen(site)
+    if causal:
+        mask = state.causal_mask(query.shape[2], key.shape[2], query.device)
+    elif mask is None and seen is not None:
+        mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
+    return None if mask is None else state.widened(mask, seen, site.window, len(query))
+
+
+def _wider_bias(bias: torch.Tensor, site: Site, state: PrefixState, batch: int) -> torch.Tensor:
+    return widen_bias(bias, None if site.stack == "cross" else state.bias, state.num_virtual_tokens, batch)
 
 
 def _sdpa_would_be_causal(name: str, module: nn.Module, queries: int, kwargs: dict[str, Any]) -> bool:

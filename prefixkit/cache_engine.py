@@ -121,6 +121,8 @@ def check_cacheable(attachment: Attachment) -> None:
     sites = [site for site in attachment.layout.sites if site.stack != "encoder"]
     if not sites:
         raise EngineError("this prefix has encoder sites only, and an encoder takes no cache")
+    if attachment.config.gate:
+        raise EngineError(f"a native cache holds no gate; {USE_ATTENTION}")
     uncounted = [stack for stack in attachment.stacks if stack.name == "decoder" and stack.positions is None]
     if uncounted and _has_self_sites(attachment):
         raise EngineError(

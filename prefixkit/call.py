@@ -39,7 +39,10 @@ class StackCall:
         if tokens is None:
             tokens = arguments.get("inputs_embeds")
         if tokens is None:
-            raise EngineError("the model was called without input_ids and without inputs_embeds")
+            raise EngineError(
+                "a stack was called without input_ids and without inputs_embeds; if the model was not, its adapter's "
+                "path leads too deep: to the layers, and not to the module that gets the tokens"
+            )
         # Some task classes take (batch, choices, tokens) and flatten it themselves.
         queries = tokens.shape[1] if tokens.is_floating_point() else tokens.shape[-1]
         batch = tokens.shape[0] if tokens.is_floating_point() else tokens.numel() // queries

@@ -33,7 +33,7 @@ def choose_head(model: PreTrainedModel, head: str | bool | Sequence[str], stacks
     Args:
         model: The model.
         head: ``"auto"``: the head of a task class, never a language-model head; ``False``: none;
-            or module names, taken literally.
+            or names of modules or parameters, taken literally.
         stacks: The model's stacks, which tell the body from the head.
 
     Raises:
@@ -44,8 +44,8 @@ def choose_head(model: PreTrainedModel, head: str | bool | Sequence[str], stacks
     if head == "auto":
         return _automatic(model, stacks)
     if isinstance(head, str | bool) or not all(isinstance(name, str) for name in head):
-        raise ConfigError(f"head is {head!r}; possible: 'auto', False, or a list of module names")
-    names = {name for name, _ in model.named_modules() if name}
+        raise ConfigError(f"head is {head!r}; possible: 'auto', False, or a list of names of modules or parameters")
+    names = {name for named in (model.named_modules(), model.named_parameters()) for name, _ in named if name}
     for name in head:
         if name not in names:
             raise ConfigError(f"head names {name!r}, which {type(model).__name__} does not have{closest(name, names)}")
@@ -55,9 +55,9 @@ def choose_head(model: PreTrainedModel, head: str | bool | Sequence[str], stacks
 def head_parameters(model: nn.Module, head: Iterable[str]) -> dict[str, nn.Parameter]:
     """The parameters of the head's modules by their name in the model, tied ones once."""
     named = [
-        (f"{module}.{name}", parameter)
-        for module in head
-        for name, parameter in model.get_submodule(module).named_parameters()
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if any(name == part or name.startswith(f"{part}.") for part in head)
     ]
     first = {id(parameter): name for name, parameter in reversed(named)}
     return {name: parameter for name, parameter in named if first[id(parameter)] == name}
@@ -69,11 +69,14 @@ def _automatic(model: PreTrainedModel, stacks: Iterable[Stack]) -> tuple[str, ..
         return ()
     body = {stack.path.split(".")[0] for stack in stacks}
     embeddings = _input_embeddings(model)
-    return tuple(
+    modules = [
         name
         for name, child in model.named_children()
         if name not in body and child is not embeddings and any(True for _ in child.parameters())
-    )
+    ]
+    # Some heads are bare parameters of the task model itself.
+    own = [name for name, _ in model.named_parameters(recurse=False)]
+    return (*modules, *own)
 
 
 def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:

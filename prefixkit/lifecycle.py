@@ -15,8 +15,11 @@ from prefixkit.adapter import Adapter, Site
 from prefixkit.assembly import build, check_model, stacks_of
 from prefixkit.attachment import MODULE, Attachment, find, install, require, swap_head, uninstall
 from prefixkit.discovery import installed
-from prefixkit.errors import AttachmentError, ConfigError, EngineError, MethodError
+from prefixkit.errors import AttachmentError, ConfigError, EngineError
+from prefixkit.frozen import add_frozen
+from prefixkit.gate import GATE
 from prefixkit.head import choose_head
+from prefixkit.initialisation import Init, initialise
 from prefixkit.instance_calls import start_answering, stop_answering
 from prefixkit.layout import Layout
 from prefixkit.prefix_config import PrefixConfig
@@ -35,10 +38,12 @@ def apply(
     engine: str = "auto",
     positions: str = "shift",
     window: str = "pinned",
-    init: str | torch.Tensor = "random",
+    init: Init = "auto",
     stacks: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     head: str | bool | Sequence[str] = "auto",
+    gate: bool = False,
+    num_frozen_tokens: int = 0,
     **method_options: Any,
 ) -> Model:
     """Give ``model`` a trainable prefix, in place, and freeze everything else.
@@ -64,11 +69,18 @@ def apply(
             its config says so.
         window: ``"pinned"``: every query sees the prefix. ``"slide"``: in layers with a sliding
             window it slides out of sight like ordinary context.
-        init: ``"random"``, or the flat prefix itself, ``(P, width)`` (``"p-tuning-v2"`` only).
+        init: What the prefix starts with. ``"tokens"``: keys and values of random tokens, which the base reads
+            once. ``"matched"``: random numbers with their mean and spread. ``"zeros"``. ``"random"``: as the
+            method starts by itself, small. ``"auto"``: tokens where the model reads any, else random. A
+            :class:`TextInit` or :class:`ChunksInit`: keys and values of a text. A transformers cache of one row,
+            or the flat prefix itself, ``(P, width)``. A method with an MLP is fitted to it.
         stacks: Which of ``"encoder"``, ``"decoder"``, ``"cross"`` carry the prefix; all by default.
         layers: Which layers carry it, from 0; all by default.
         head: ``"auto"``: a task class's new head trains and is saved with the prefix; ``False``:
             it stays frozen; a list of module names: those train.
+        gate: Whether the prefix has a softmax of its own and a gate that starts shut, so that training starts at
+            the base model, bit for bit. Needs ``positions="none"`` and the attention engine.
+        num_frozen_tokens: How many of the first virtual tokens keep the keys and values they start with.
         **method_options: Options of the method: ``prefix_projection``, ``encoder_hidden_size``
             (512), ``prefix_dropout`` (0).
 
@@ -98,12 +110,14 @@ def apply(
         stacks=_listed("stacks", stacks, "names"),
         layers=_listed("layers", layers, "layer numbers"),
         engine=engine,
+        gate=gate,
+        num_frozen_tokens=num_frozen_tokens,
         model_type=model_type,
         base_model_name_or_path=getattr(model.config, "_name_or_path", "") or "",
     )
     attachment = build(model, config, adapter)
     attachment.config = replace(attachment.config, head=choose_head(model, head, attachment.stacks))
-    _initialise(attachment, init)
+    initialise(model, attachment, init)
     put_on(model, attachment)
     return model
 
@@ -182,6 +196,10 @@ def fold(model: Model) -> Model:
         raise EngineError("FSDP would not know the folded prefix; fold it before the model is sharded")
     with torch.no_grad():
         encoder = flat_encoder(attachment.flat())
+    if attachment.config.gate:
+        encoder.register_parameter(GATE, attachment.encoder.get_parameter(GATE))
+    if attachment.config.num_frozen_tokens:
+        add_frozen(encoder, attachment.config.num_frozen_tokens)
     trains = any(value.requires_grad for value in attachment.encoder.parameters())
     encoder.requires_grad_(trains).train(attachment.encoder.training)
     attachment.encoder = encoder
@@ -227,21 +245,3 @@ def _listed(field: str, values: Sequence[Any] | None, what: str) -> tuple[Any, .
     if isinstance(values, str | int):
         raise ConfigError(f"{field} is {values!r}; pass a list of {what}")
     return None if values is None else tuple(values)
-
-
-def _initialise(attachment: Attachment, init: str | torch.Tensor) -> None:
-    if isinstance(init, str):
-        if init != "random":
-            raise ConfigError(f"init is {init!r}; possible: 'random', or a tensor with the flat prefix")
-        return
-    encoder = attachment.encoder
-    if not isinstance(encoder, PrefixEncoder) or encoder.transform is not None:
-        raise MethodError(
-            f"method {attachment.config.method!r} computes its prefix and cannot start from a given one; "
-            "use method='p-tuning-v2'"
-        )
-    expected = (attachment.config.num_virtual_tokens, attachment.layout.width)
-    if tuple(init.shape) != expected:
-        raise ConfigError(f"init is {tuple(init.shape)}; the flat prefix of this model is {expected}")
-    with torch.no_grad():
-        encoder.embedding.weight.copy_(init)

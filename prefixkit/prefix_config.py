@@ -33,6 +33,8 @@ class PrefixConfig:
         base_model_name_or_path: Where the base came from, for people to read.
         sites: Where it stands.
         head: Modules of the base that train, and are saved, with it.
+        gate: Whether it has a softmax of its own and a gate, which was shut at the start.
+        num_frozen_tokens: How many of its first virtual tokens do not train.
     """
 
     method: str
@@ -49,15 +51,28 @@ class PrefixConfig:
     base_model_name_or_path: str = ""
     sites: tuple[Site, ...] = ()
     head: tuple[str, ...] = ()
+    gate: bool = False
+    num_frozen_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for field, kind in (("method", str), ("model_type", str), ("folded", bool), ("method_options", Mapping)):
+        for field, kind in (
+            ("method", str),
+            ("model_type", str),
+            ("folded", bool),
+            ("gate", bool),
+            ("method_options", Mapping),
+        ):
             _of_kind(field, getattr(self, field), kind)
         _all_of_kind("layers", self.layers or (), int)
         _all_of_kind("head", self.head, str)
         tokens = self.num_virtual_tokens
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
             raise ConfigError(f"num_virtual_tokens is {tokens!r}; it must be a whole number of 1 or more")
+        frozen = self.num_frozen_tokens
+        if type(frozen) is not int or not 0 <= frozen < tokens:
+            raise ConfigError(
+                f"num_frozen_tokens is {frozen!r}; of {tokens} virtual tokens 0 to {tokens - 1} can be frozen"
+            )
         _one_of("positions", self.positions, POSITIONS)
         _one_of("window", self.window, WINDOWS)
         _one_of("engine", self.engine, ENGINES)

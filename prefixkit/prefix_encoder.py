@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -53,6 +55,22 @@ class PrefixEncoder(nn.Module):
         """The flat prefix ``(num_virtual_tokens, width)``."""
         weight = self.embedding.weight
         return weight if self.transform is None else self.transform(weight)
+
+    def start(self, flat: torch.Tensor) -> None:
+        """Give ``flat (P, width)`` from now on; through an MLP exactly up to ``P = encoder_hidden_size``.
+
+        The last layer is solved for, by least squares with the smallest weights, and the rest stays random.
+        (The 2021 code goes down the squared error instead; this is what it would come to.)
+        """
+        if self.transform is None:
+            self.embedding.weight.copy_(flat)
+            return
+        last: Any = self.transform[-1]
+        middle = self.transform[:-1](self.embedding.weight).double()
+        mean = flat.double().mean(dim=0)
+        solved = torch.linalg.pinv(middle) @ (flat.double() - mean)
+        last.weight.copy_(solved.T)
+        last.bias.copy_(mean)
 
 
 def flat_encoder(flat: torch.Tensor) -> PrefixEncoder:

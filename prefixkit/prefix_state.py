@@ -56,6 +56,10 @@ class PrefixState:
         witness: Notes whether any attention has asked for it; ``None`` in a compiled graph.
         turns: How often each module that several layers share has called its attention so far, by path.
         shifts: Whether real tokens were moved behind the prefix.
+        gates: What the prefix's part of the output is multiplied with, ``(kv_heads,)`` by the site's place;
+            empty where there is no gate.
+        read: Where there is no prefix yet: takes the keys and values that the base makes of a text, by the
+            site's place; of several runs of a stack those of the first.
     """
 
     pieces: dict[str, KeyValue]
@@ -67,6 +71,8 @@ class PrefixState:
     witness: Witness | None = None
     turns: dict[str, int] = field(default_factory=dict)
     shifts: bool = False
+    gates: dict[str, torch.Tensor] = field(default_factory=dict)
+    read: dict[str, KeyValue] | None = None
     _causal: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     _block_masks: list[tuple[Any, int | None, Any]] = field(default_factory=list)
 
@@ -87,6 +93,12 @@ class PrefixState:
         wider = widen_block_mask(mask, seen, self.num_virtual_tokens, batch)
         self._block_masks.append((mask, window, wider))
         return wider
+
+    def note(self, site: Site, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep what the base made of a text, ``(batch, kv_heads, keys, dim)``."""
+        _check_heads(site, key, value)
+        if self.read is not None:
+            self.read.setdefault(site.place, KeyValue(key[0], value[0]))
 
     def seen(self, site: Site) -> torch.Tensor | None:
         """Which queries see which virtual tokens, ``(batch or 1, 1, queries, P)``; ``None``: all do."""
@@ -117,11 +129,13 @@ class SiteMark:
         sites: The sites that the module is: one, unless several layers share it.
         stack: Key of its stack's state beside the call.
         turns: How often the module calls its attention in one run of its stack, with a prefix or without.
+        stands_in: Whether a ``site_forward`` puts the prefix in front, so that nothing else may.
     """
 
     sites: tuple[Site, ...]
     stack: str
     turns: int = 1
+    stands_in: bool = False
 
     def site(self, state: PrefixState, *, looks: bool = False) -> Site | None:
         """The site of the call under way: where layers share the module, the next one in turn, if it has a prefix.
@@ -225,6 +239,12 @@ def find_state(module: nn.Module, arguments: dict[str, Any], *, looks: bool = Fa
     return None if site is None else (site, state)
 
 
+def stands_in(module: nn.Module) -> bool:
+    """Whether a ``site_forward`` of the module's own puts its prefix in front."""
+    mark: SiteMark | None = module.__dict__.get(MARK)
+    return mark is not None and mark.stands_in
+
+
 def is_served(module: nn.Module) -> bool:
     """Whether the prefix of ``module`` is not disabled in the call under way, as it stands beside that call."""
     mark: SiteMark | None = module.__dict__.get(MARK)
@@ -261,6 +281,9 @@ def in_front(
     if found is None:
         return key, value, mask
     site, state = found
+    if state.read is not None:
+        state.note(site, key, value)
+        return key, value, mask
     seen = state.seen(site)
     if seen is not None and (mask is None or state.bias is not None):
         raise EngineError("window='slide' is not served here; use window='pinned'")

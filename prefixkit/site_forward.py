@@ -91,6 +91,11 @@ def through_cache(
 
 def _check_mask(module: nn.Module, mask: torch.Tensor | None, states: torch.Tensor) -> None:
     """Torch aligns a causal mask of its own at the upper left: with a prefix, a token would not see itself."""
+    if mask is not None and not isinstance(mask, torch.Tensor):
+        raise EngineError(
+            f"{type(module).__name__} was given a {type(mask).__name__} for a mask, which cannot be widened here; make "
+            "the model with attn_implementation='eager'"
+        )
     if mask is None and states.shape[1] > 1 and getattr(module, "is_causal", False):
         raise EngineError(
             f"{type(module).__name__} was given no mask and may make a causal one that knows no prefix; make the model "
@@ -107,7 +112,7 @@ def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
 def mask_in_front(module: nn.Module, mask: torch.Tensor | None) -> torch.Tensor | None:
     """The mask of one attention call with the prefix's columns in front, as :func:`prefixkit.in_front` gives it."""
     found = find_state(module, {}, looks=True)
-    if found is None or mask is None:
+    if found is None or mask is None or found[1].read is not None:
         return mask
     site, state = found
     wide: torch.Tensor = state.widened(mask, state.seen(site), site.window, len(mask))
@@ -139,7 +144,7 @@ def alibi_in_front(module: nn.Module, alibi: torch.Tensor, slopes: torch.Tensor)
         EngineError: If the prefix has not reached the module.
     """
     found = find_state(module, {}, looks=True)
-    if found is None:
+    if found is None or found[1].read is not None:
         return alibi
     _, state = found
     tokens, places = state.num_virtual_tokens, state.query_positions

@@ -148,6 +148,20 @@ def attention_seen_by(model: nn.Module, see: Seer) -> Iterator[None]:
             config._attn_implementation_internal = name
 
 
+@contextmanager
+def uncompiled_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, eager attention stands in for flex attention, which is compiled first and not worth it for one call."""
+    configs = {id(config): config for module in model.modules() for config in _configs_of(module)}
+    flex = [config for config in configs.values() if config._attn_implementation_internal == "flex_attention"]
+    try:
+        for config in flex:
+            config._attn_implementation_internal = "eager"
+        yield
+    finally:
+        for config in flex:
+            config._attn_implementation_internal = "flex_attention"
+
+
 def indexes_by_place(config: PreTrainedConfig) -> bool:
     """Whether sparse attention takes a token's position for its place among the keys.
 

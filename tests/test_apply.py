@@ -46,14 +46,23 @@ CASES = [
     ({"stacks": "decoder"}, ConfigError, "stacks is 'decoder'; pass a list of names"),
     ({"layers": [0, 7]}, ConfigError, "layers asks for [7], and GPT2LMHeadModel has 0, 1, 2"),
     ({"layers": 1}, ConfigError, "layers is 1; pass a list of layer numbers"),
-    ({"init": "words"}, ConfigError, "init is 'words'; possible: 'random', or a tensor with the flat prefix"),
-    ({"init": torch.zeros(4, 3)}, ConfigError, "init is (4, 3); the flat prefix of this model is (4, 192)"),
     (
-        {"init": torch.zeros(4, 192), "method": "prefix-tuning"},
-        MethodError,
-        "method 'prefix-tuning' computes its prefix and cannot start from a given one; use method='p-tuning-v2'",
+        {"init": "token"},
+        ConfigError,
+        "init is 'token' (did you mean 'tokens'?); possible: 'auto', 'tokens', 'matched', 'zeros', 'random', a tensor "
+        "with the flat prefix, a transformers cache, prefixkit.TextInit, prefixkit.ChunksInit",
     ),
-    ({"head": "score"}, ConfigError, "head is 'score'; possible: 'auto', False, or a list of module names"),
+    (
+        {"init": torch.zeros(4, 3)},
+        ConfigError,
+        "init is (4, 3) of torch.float32; the flat prefix of this model is (4, 192) of floating numbers (token ids go "
+        "into prefixkit.TextInit)",
+    ),
+    (
+        {"head": "score"},
+        ConfigError,
+        "head is 'score'; possible: 'auto', False, or a list of names of modules or parameters",
+    ),
     (
         {"head": ["lm_haed"]},
         ConfigError,
@@ -222,7 +231,7 @@ def test_attention_off_the_interface_is_refused_before_the_first_forward(monkeyp
     with pytest.raises(EngineError, match="^the attention of 'transformer.h.0.attn', GPT2Attention, does not go"):
         prefixkit.apply(model, num_virtual_tokens=4, engine="attention")
     assert_same(before, state(model))
-    prefixkit.apply(model, num_virtual_tokens=4)
+    prefixkit.apply(model, num_virtual_tokens=4, init="random")
     enable_checkpointing(model.train())
     with pytest.raises(EngineError, match="gradient checkpointing"):
         model(torch.tensor([[3, 4]]))

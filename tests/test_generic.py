@@ -149,6 +149,31 @@ def test_task_heads_train_and_are_saved(cls, tmp_path):
         assert not torch.equal(make()(ids)[0], expected)
 
 
+class WithBareHead(BertForSequenceClassification):
+    """A head that is a parameter of the task model itself."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.slope = nn.Parameter(torch.ones(2))
+
+    def forward(self, *args, **options):
+        output = super().forward(*args, **options)
+        return replace(output, logits=output.logits * self.slope)
+
+
+@pytest.mark.parametrize("head", ["auto", ["slope"]])
+def test_a_head_without_a_module_trains_and_is_saved(head, tmp_path):
+    config = tiny.MAKERS["bert"]().config
+    model = prefixkit.apply(WithBareHead(config), num_virtual_tokens=4, head=head)
+    assert "slope" in prefixkit.config(model).head
+    assert model.slope.requires_grad
+    with torch.no_grad():
+        model.slope.fill_(3)
+    prefixkit.save(model, tmp_path)
+    assert prefixkit.load(WithBareHead(config), tmp_path).slope.tolist() == [3, 3]
+    assert prefixkit.remove(model).slope.tolist() == [1, 1]
+
+
 def test_layers_that_share_a_module_have_a_prefix_each():
     model = build("encoder", "albert").model
     prefixkit.apply(model, num_virtual_tokens=4, head=False)

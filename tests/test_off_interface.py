@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import prefixkit_legacy
+import prefixkit_llama
 import pytest
 import test_prefixkit_legacy
 import tiny
@@ -14,6 +15,7 @@ from changed_adapters import with_site_forward
 import prefixkit
 from prefixkit.attachment import find
 from prefixkit.errors import EngineError
+from prefixkit.testing.recording import uncompiled
 
 GPTJ = test_prefixkit_legacy.TestGPTJ
 pytestmark = pytest.mark.skipif(not prefixkit_legacy.serves_attention(), reason="the cache engine alone serves it here")
@@ -68,3 +70,25 @@ def test_the_attention_engine_leaves_the_cache_alone(engine):
     with torch.no_grad():
         cache = model(tiny.tokens(4)[None], use_cache=True).past_key_values
     assert cache.get_seq_length() == (4 if engine == "attention" else 7)
+
+
+def test_a_site_forward_on_the_interface_puts_the_prefix_in_front_once():
+    """As a plugin for older versions of transformers may bring it."""
+    model, ids = tiny.make("llama", attention="eager"), tiny.tokens(2, 6)
+    flat = torch.randn(3, sum(site.width for site in prefixkit.sites(model)))
+    right = next(prefixkit_llama.prefixkit_adapters())
+    found = []
+    for adapter in (right, with_site_forward(right, partial(prefixkit.through_cache, cache_name="past_key_values"))):
+        apply(adapter, model, init=flat)
+        with torch.no_grad():
+            found.append(model(ids).logits)
+        prefixkit.remove(model)
+    torch.testing.assert_close(*found)
+
+
+def test_a_mask_that_cannot_be_widened_is_named():
+    model = tiny.make("llama", attention="flex_attention")
+    right = next(prefixkit_llama.prefixkit_adapters())
+    apply(with_site_forward(right, partial(prefixkit.through_cache, cache_name="past_key_values")), model, init="zeros")
+    with uncompiled(), pytest.raises(EngineError, match="^LlamaAttention was given a BlockMask .*'eager'$"):
+        model(tiny.tokens(2, 6))

@@ -92,7 +92,8 @@ class Conformance(Sites, Numbers, Attention, Training, Generation, WithTrainer, 
         if not subject.traits.engines:
             raise TypeError(
                 f"{cls.__name__}.make_model gives a model that no engine can serve with transformers {VERSION}: it has "
-                "no cache, and its attention does not go through transformers' attention interface"
+                "no cache, its attention does not go through transformers' attention interface, and its adapter brings "
+                "no site_forward"
             )
         return subject
 

@@ -60,6 +60,7 @@ class PromptOracle:
         order = ("encoder", "decoder", "cross")
         columns: list[torch.Tensor] = []
         for site in sorted(sites, key=lambda site: (order.index(site.stack), site.layer)):
+            assert site.path in held, f"{site.path!r} calls no attention: see test_sites_are_the_attention_calls first"
             for part in (held[site.path].key[0], held[site.path].value[0]):
                 columns.extend(part[head] for head in range(len(part)))
         return torch.cat(columns, dim=1)
