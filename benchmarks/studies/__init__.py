@@ -1,0 +1,1 @@
+"""Studies of how prefixes learn: one command each, ``python -m benchmarks.studies``."""

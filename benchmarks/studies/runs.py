@@ -1,0 +1,123 @@
+"""One run: train an arm on a task with one learning rate and one seed, and score it."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments, set_seed
+
+from benchmarks.studies.arms import Arm, budget
+from benchmarks.studies.tasks import TASKS, Task
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is trained, and how.
+
+    Attributes:
+        study: Its name.
+        task: One of the tasks.
+        arm: What the plot calls it.
+        learning_rate: Peak of a cosine schedule with a warm-up over a twentieth of the steps.
+        seed: Of the data's order, the head, the prefix and the dropout.
+        rows: Training rows, the first ones after shuffling with the seed.
+        steps: Updates.
+    """
+
+    study: str
+    task: str
+    arm: str
+    learning_rate: float
+    seed: int
+    rows: int
+    steps: int
+
+
+def train(model: Any, task: Task, run: Run) -> float:
+    """Train what trains in ``model`` with an untouched Trainer; the mean loss of the last tenth of the steps."""
+    order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(run.seed))[: run.rows]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            output_dir=folder,
+            max_steps=run.steps,
+            per_device_train_batch_size=task.batch,
+            learning_rate=run.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, run.steps // 20),
+            logging_steps=max(1, run.steps // 10),
+            save_strategy="no",
+            report_to=[],
+            seed=run.seed,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+        )
+        rows = [task.train[index] for index in order.tolist()]
+        trainer = Trainer(model=model, args=settings, train_dataset=rows, data_collator=task.collate)
+        trainer.train()
+        return float([entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1])
+
+
+@torch.no_grad()
+def test_loss(model: Any, task: Task) -> float:
+    """Mean loss over the test rows."""
+    model.eval()
+    losses = [
+        float(model(**task.collate(list(task.test[start : start + 64]))).loss) for start in range(0, len(task.test), 64)
+    ]
+    return sum(losses) / len(losses)
+
+
+def carry_out(run: Run, arm: Arm) -> dict[str, Any]:
+    """The run's settings and what came of it."""
+    task = TASKS[run.task]()
+    set_seed(run.seed)
+    model = arm(task.make())
+    numbers = budget(model)
+    start = time.perf_counter()
+    last = train(model, task, run)
+    seconds = time.perf_counter() - start
+    loss = test_loss(model, task)
+    # A model that has diverged may generate for ever, and says nothing.
+    score = task.score(model) if math.isfinite(loss) else 0.0
+    return {
+        **asdict(run),
+        "score": round(score, 3),
+        "test_loss": round(loss, 4) if math.isfinite(loss) else None,
+        "train_loss": round(last, 4) if math.isfinite(last) else None,
+        "trained_numbers": numbers,
+        "seconds": round(seconds, 1),
+    }
+
+
+def results_of(study: str) -> list[dict[str, Any]]:
+    """What was found so far."""
+    path = RESULTS / f"{study}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def carry_out_all(planned: Iterable[tuple[Run, Arm]]) -> None:
+    """All runs that have no result yet, each written down as it ends."""
+    RESULTS.mkdir(exist_ok=True)
+    for run, arm in planned:
+        known = ({name: entry.get(name) for name in asdict(run)} for entry in results_of(run.study))
+        if asdict(run) in known:
+            continue
+        entry = carry_out(run, arm)
+        with (RESULTS / f"{run.study}.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        print(
+            f"{entry['arm']:<24} lr {entry['learning_rate']:<8g} seed {entry['seed']}  score {entry['score']:6.2f}  "
+            f"test loss {entry['test_loss']}  {entry['trained_numbers']:,} numbers  {entry['seconds']:.0f} s",
+            flush=True,
+        )
