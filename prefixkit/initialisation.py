@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 WORDS: Final = ("auto", "tokens", "matched", "zeros", "random")
 SAMPLED = 64
 """Tokens that the spread of a model's keys and values is taken from."""
-FIT_STEPS = 400
+FIT_STEPS = 800
 FIT_RATE = 0.02
 FIT_CLOSE = 0.05
 """Relative error up to which a fitted prefix passes for the one that was asked for."""
@@ -184,8 +184,8 @@ def _of_word(model: PreTrainedModel, attachment: Attachment, word: str) -> torch
 
 
 def _automatic(model: PreTrainedModel, attachment: Attachment) -> torch.Tensor | None:
-    """Random tokens, where the model reads any."""
-    if not _reads_tokens(model):
+    """Random tokens, where the model reads any and the method can start from what is wanted."""
+    if not hasattr(attachment.encoder, "start") or not _reads_tokens(model):
         return None
     try:
         return _of_ids(model, attachment, random_ids(model, attachment.config.num_virtual_tokens))
@@ -229,6 +229,8 @@ def random_ids(model: PreTrainedModel, tokens: int) -> torch.Tensor:
     rows = [getattr(part, "num_embeddings", None) for part in (model.get_input_embeddings(),)]
     sizes = [size for size in (getattr(config, "vocab_size", None), *rows) if isinstance(size, int)]
     special = {value for name, value in config.to_dict().items() if name.endswith(("token_id", "token_index"))}
+    if not sizes:
+        raise ConfigError(f"this {type(model).__name__} reads no tokens; pass init='random', or a flat prefix")
     ordinary = torch.tensor([token for token in range(min(sizes)) if token not in special])
     return ordinary[torch.randint(len(ordinary), (tokens,))]
 
@@ -248,13 +250,9 @@ def _row(ids: Ids, name: str, tokens: int) -> torch.Tensor:
     if row.ndim == 2 and len(row) == 1:
         row = row[0]
     if row.ndim != 1 or row.is_floating_point() or row.dtype == torch.bool:
-        raise ConfigError(
-            f"{name} is {tuple(row.shape)} of {row.dtype}; it must be token ids, (tokens,) or (1, tokens)"
-        )
+        raise ConfigError(f"{name} is {tuple(row.shape)} of {row.dtype}; pass token ids, (tokens,) or (1, tokens)")
     if len(row) < tokens:
-        raise ConfigError(
-            f"{name} has {len(row)} tokens, and the prefix needs {tokens}; pass more, or a shorter prefix"
-        )
+        raise ConfigError(f"{name} has {len(row)} tokens, and the prefix needs {tokens}; pass more, or a shorter one")
     return row
 
 

@@ -27,9 +27,7 @@ def sweep(
     for seed in seeds:
         for name, arm in named.items():
             for rate in rates[name] if isinstance(rates, Mapping) else rates:
-                run = Run(
-                    study=study, task=task, arm=name, learning_rate=rate, seed=seed, rows=rows, steps=steps
-                )
+                run = Run(study=study, task=task, arm=name, learning_rate=rate, seed=seed, rows=rows, steps=steps)
                 yield run, arm
 
 

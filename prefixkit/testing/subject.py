@@ -79,7 +79,7 @@ class Subject:
             **options: As for :func:`prefixkit.apply`.
         """
         engine = engine or self.traits.engines[0]
-        settings: dict[str, Any] = {"num_virtual_tokens": TOKENS, **self.cacheable(engine), **options}
+        settings: dict[str, Any] = {"num_virtual_tokens": TOKENS, "init": "random", **self.cacheable(engine), **options}
         prefixkit.apply(model, adapter=self.adapter, engine=engine, **settings)
         if strong and "init" not in options:
             strengthen(model)
