@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         fold as fold,
         remove as remove,
         sites as sites,
+        unfreeze as unfreeze,
     )
     from prefixkit.method import (
         Method as Method,
@@ -78,6 +79,7 @@ _HOME = {
     "disabled": "lifecycle",
     "fold": "lifecycle",
     "remove": "lifecycle",
+    "unfreeze": "lifecycle",
     "to_cache": "native_cache",
     "sites": "lifecycle",
     "config": "lifecycle",

@@ -18,6 +18,7 @@ from torch.nn import functional
 from prefixkit import placement, transformers_internals as internals
 from prefixkit.adapter import PositionTable, Stack, join_path
 from prefixkit.attention_engine import AttentionEngine, stand_before_attention
+from prefixkit.beside_peft import peft_parameters
 from prefixkit.cache_engine import CacheEngine
 from prefixkit.errors import AttachmentError, CheckpointError, EngineError, UnsupportedModelError
 from prefixkit.frozen import with_frozen
@@ -286,7 +287,11 @@ def install(model: PreTrainedModel, attachment: Attachment) -> None:
     try:
         model.__dict__[KEY] = attachment
         attachment.trained_before = {name: value.requires_grad for name, value in model.named_parameters()}
+        # A LoRA that is on the model trains together with the prefix.
+        kept = [parameter for parameter in peft_parameters(model).values() if parameter.requires_grad]
         model.requires_grad_(False)
+        for parameter in kept:
+            parameter.requires_grad_(True)
         for name, value in head_parameters(model, attachment.config.head).items():
             attachment.base_head[name] = value.detach().clone()
             value.requires_grad_(True)

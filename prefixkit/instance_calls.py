@@ -18,6 +18,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from prefixkit import checkpoint_files, transformers_internals as internals
 from prefixkit.attachment import require
+from prefixkit.beside_peft import has_peft_layers, peft_parameters
 from prefixkit.cache_engine import CacheEngine
 from prefixkit.errors import CheckpointError, EngineError
 
@@ -55,21 +56,24 @@ class SavePretrained:
             attachment.check_whole(tensors)
         if not is_main_process:
             return
-        if _has_peft_layers(self.model):
-            raise CheckpointError(
-                "this model has an adapter of PEFT beside its prefix, and save_pretrained would lose it; "
-                "save each apart: the prefix with prefixkit.save"
-            )
         directory = Path(save_directory)
         _refuse_to_overwrite_a_model(directory)
+        self._save_adapters(directory)
         checkpoint_files.write(directory, attachment.config, tensors)
         named = {attachment.state_name(name): value for name, value in tensors.items()}
+        named |= {name: value.detach() for name, value in peft_parameters(self.model).items()}
         checkpoint_files.write_tensors(directory / RESUME_FILE, named, {checkpoint_files.HEADER: "a copy for Trainer"})
 
-
-def _has_peft_layers(model: PreTrainedModel) -> bool:
-    """Whether PEFT put layers of its own into the model, by ``add_adapter`` or ``get_peft_model``."""
-    return any(type(module).__module__.startswith("peft.") for module in model.modules())
+    def _save_adapters(self, directory: Path) -> None:
+        """Adapters of ``model.add_adapter``, in PEFT's own format and as transformers saves them."""
+        if not has_peft_layers(self.model):
+            return
+        if not getattr(self.model, "_hf_peft_config_loaded", False):
+            raise CheckpointError(
+                "this model is inside a PeftModel, and save_pretrained of the model would lose what is PEFT's; save "
+                "each apart: the prefix with prefixkit.save, the rest with the PeftModel's save_pretrained"
+            )
+        type(self.model).save_pretrained(self.model, directory)
 
 
 def _refuse_to_overwrite_a_model(directory: Path) -> None:

@@ -18,7 +18,7 @@ from prefixkit.discovery import installed
 from prefixkit.errors import AttachmentError, ConfigError, EngineError
 from prefixkit.frozen import add_frozen
 from prefixkit.gate import GATE
-from prefixkit.head import choose_head
+from prefixkit.head import choose_head, head_parameters
 from prefixkit.initialisation import Init, initialise
 from prefixkit.instance_calls import start_answering, stop_answering
 from prefixkit.layout import Layout
@@ -46,7 +46,7 @@ def apply(
     num_frozen_tokens: int = 0,
     **method_options: Any,
 ) -> Model:
-    """Give ``model`` a trainable prefix, in place, and freeze everything else.
+    """Give ``model`` a trainable prefix, in place, and freeze everything else (but a LoRA of PEFT that trains).
 
     Example::
 
@@ -147,6 +147,25 @@ def remove(model: Model) -> Model:
         raise AttachmentError("remove the prefix outside of prefixkit.disabled")
     stop_answering(model)
     uninstall(model, attachment)
+    return model
+
+
+def unfreeze(model: Model) -> Model:
+    """Have prefix and head train: again, after something else froze them, or for the first time after ``load``.
+
+    Example::
+
+        prefixkit.apply(model, num_virtual_tokens=20)
+        model.add_adapter(LoraConfig(...))  # PEFT freezes all but its own
+        prefixkit.unfreeze(model)
+
+    Raises:
+        AttachmentError: If the model has no prefix.
+    """
+    attachment = require(model)
+    attachment.encoder.requires_grad_(True)
+    for value in head_parameters(model, attachment.config.head).values():
+        value.requires_grad_(True)
     return model
 
 

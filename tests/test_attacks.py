@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tiny
 import torch
-from peft import LoraConfig
 from transformers import (
     BartForCausalLM,
     DynamicCache,
@@ -203,15 +202,6 @@ def test_save_pretrained_never_replaces_base_weights(tmp_path):
     shutil.rmtree(tmp_path)
     model.save_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
-
-
-def test_save_pretrained_does_not_lose_a_lora(tmp_path):
-    model = tiny.make("llama")
-    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
-    strong(model)
-    with pytest.raises(prefixkit.CheckpointError, match="^this model has an adapter of PEFT beside its prefix"):
-        model.save_pretrained(tmp_path)
-    prefixkit.save(model, tmp_path)
 
 
 def test_wrapped_caches_remember_their_prefix():

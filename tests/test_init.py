@@ -191,7 +191,7 @@ def test_matched_numbers_have_the_mean_and_spread_of_the_models_own():
     prefixkit.apply(prefixkit.remove(model), num_virtual_tokens=64, init="tokens", positions="none")
     own = flat_of(model)
     assert (found.mean(0) - own.mean(0)).abs().mean() < 0.2 * own.mean(0).std()
-    assert (found.std(0) / own.std(0)).log().abs().mean() < 0.3
+    assert (found.std(0) / own.std(0)).log().abs().mean() < 0.5 * own.std(0).log().std()
     assert (found[0] - found[1]).abs().max() > 0.1
 
 
