@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 
 from prefixkit import placement, transformers_internals as internals
 from prefixkit.adapter import Adapter, PositionIds, RelativeBias, Site, Stack
+from prefixkit.additions import add_gate, check_addition, memory_width
 from prefixkit.attachment import Attachment, carries_prefix, find
 from prefixkit.attention_engine import AttentionEngine, UnreachableAttentionError
 from prefixkit.cache_engine import CacheEngine
 from prefixkit.discovery import installed
+from prefixkit.embeddings import check_reads
 from prefixkit.errors import (
     GUIDE,
     AttachmentError,
@@ -27,9 +29,9 @@ from prefixkit.errors import (
     UnsupportedModelError,
 )
 from prefixkit.frozen import add_frozen
-from prefixkit.gate import add_gate, check_gate
+from prefixkit.head import input_embeddings
 from prefixkit.layout import Layout
-from prefixkit.method import PrefixShape
+from prefixkit.method import EMBEDDINGS, MEMORY, PREFIX, PrefixShape
 from prefixkit.prefix_config import PrefixConfig
 from prefixkit.prefix_encoder import flat_encoder
 
@@ -75,25 +77,46 @@ def build(model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None)
         num_virtual_tokens=config.num_virtual_tokens,
         width=layout.width,
         hidden_size=_hidden_size(model, layout),
+        embedding_size=getattr(input_embeddings(model), "embedding_dim", 0),
+        memory_size=memory_width(layout),
+        halves=tuple((site.kv_heads * site.key_dim, site.kv_heads * site.value_dim) for site in layout.sites),
     )
-    moves = any(stack.sites and stack.positions is not None for stack in stacks)
+    gives = PREFIX if config.folded else installed().method(config.method).gives
+    # A memory has no tokens behind which any could be moved.
+    moves = gives != MEMORY and any(stack.sites and stack.positions is not None for stack in stacks)
     attachment = Attachment(
         config=replace(config, sites=layout.sites, positions=config.positions if moves else "none"),
         stacks=stacks,
         layout=layout,
         encoder=_encoder(config, shape).to(placement.real_device(model)),
         engine=CacheEngine() if config.engine == "cache" else AttentionEngine(),
+        gives=gives,
     )
     if config.engine == "auto":
         _choose_engine(model, attachment)
     else:
         attachment.engine.check(model, attachment)
+    _check_method(attachment)
     if config.gate:
-        check_gate(attachment.config, stacks, attachment.engine.name)
         add_gate(attachment.encoder, layout)
     if config.num_frozen_tokens:
         add_frozen(attachment.encoder, config.num_frozen_tokens)
     return attachment
+
+
+def _check_method(attachment: Attachment) -> None:
+    """Raise where what the method gives cannot be put into the model."""
+    config, stacks = attachment.config, attachment.stacks
+    if attachment.gives == EMBEDDINGS:
+        check_reads(stacks)
+    if attachment.gives == MEMORY and (config.gate or config.num_virtual_tokens != 1):
+        raise ConfigError(
+            f"method {config.method!r} has no virtual tokens and starts at the base model by itself; pass "
+            "num_virtual_tokens=1 and gate=False"
+        )
+    if attachment.adds:
+        what = "gate=True" if config.gate else f"method {config.method!r}"
+        check_addition(what, config, stacks, attachment.engine.name)
 
 
 def _hidden_size(model: PreTrainedModel, layout: Layout) -> int:
@@ -124,10 +147,16 @@ def _encoder(config: PrefixConfig, shape: PrefixShape) -> nn.Module:
     method = installed().method(config.method)
     encoder = method.build(shape, method.resolve(config.method_options))
     with torch.no_grad():
-        given, expected = tuple(encoder().shape), (shape.num_virtual_tokens, shape.width)
+        given, expected = tuple(encoder().shape), _expected(method.gives, shape)
     if given != expected:
-        raise MethodError(f"method {config.method!r} gives a prefix of {given}; this model needs {expected}")
+        raise MethodError(f"method {config.method!r} gives a {method.gives} of {given}; this model needs {expected}")
     return encoder
+
+
+def _expected(gives: str, shape: PrefixShape) -> tuple[int, int]:
+    if gives == MEMORY:
+        return 1, shape.memory_size
+    return shape.num_virtual_tokens, shape.embedding_size if gives == EMBEDDINGS else shape.width
 
 
 def stacks_of(model: PreTrainedModel, adapter: Adapter) -> list[Stack]:

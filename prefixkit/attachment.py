@@ -17,14 +17,16 @@ from torch.nn import functional
 
 from prefixkit import placement, transformers_internals as internals
 from prefixkit.adapter import PositionTable, Stack, join_path
+from prefixkit.additions import GATE, Addition, GatedPrefix, PrefixMemory, split_gate, split_memory
 from prefixkit.attention_engine import AttentionEngine, stand_before_attention
 from prefixkit.beside_peft import peft_parameters
 from prefixkit.cache_engine import CacheEngine
+from prefixkit.embeddings import read_embeddings, reading_now
 from prefixkit.errors import AttachmentError, CheckpointError, EngineError, UnsupportedModelError
 from prefixkit.frozen import with_frozen
-from prefixkit.gate import GATE, open_gates
 from prefixkit.head import head_parameters
 from prefixkit.layout import KeyValue, Layout
+from prefixkit.method import EMBEDDINGS, MEMORY, PREFIX
 from prefixkit.positions import count_positions, forget_positions, look_up_placed
 from prefixkit.prefix_config import PrefixConfig
 from prefixkit.prefix_state import take_away
@@ -55,6 +57,7 @@ class Attachment:
         layout: All its sites, in the order of the flat prefix.
         encoder: Its parameters: a module that returns the flat prefix.
         engine: What puts it in front of the attention.
+        gives: What the encoder gives: the flat prefix, embeddings that the base reads, or a memory.
         trained_before: ``requires_grad`` of every base parameter before ``apply``.
         base_head: The head's values before ``apply``, by parameter name.
         disablers: How many :func:`prefixkit.disabled` blocks are under way.
@@ -69,6 +72,7 @@ class Attachment:
     layout: Layout
     encoder: nn.Module
     engine: AttentionEngine | CacheEngine
+    gives: str = PREFIX
     trained_before: dict[str, bool] = field(default_factory=dict)
     base_head: dict[str, torch.Tensor] = field(default_factory=dict)
     disablers: int = 0
@@ -94,8 +98,20 @@ class Attachment:
         self.__dict__.update(state)
         stand_before_attention(self.homes)
 
-    def flat(self) -> torch.Tensor:
-        """The flat prefix ``(P, width)``, from the parameters as they are now.
+    @property
+    def adds(self) -> bool:
+        """Whether sites add to their attention's output, and nothing stands in front of their keys."""
+        return self.config.gate or self.gives == MEMORY
+
+    def flat_of(self, model: nn.Module) -> torch.Tensor:
+        """:meth:`flat`, outside of a call."""
+        return self.flat(model.get_submodule(next(stack.path for stack in self.stacks if stack.sites)))
+
+    def flat(self, module: nn.Module | None = None) -> torch.Tensor:
+        """The flat prefix ``(P, width)``, or the memories, from the parameters as they are now.
+
+        Args:
+            module: The stack that reads, where the encoder gives embeddings.
 
         Raises:
             EngineError: If they are not here: offloaded, or sharded and not gathered by the model's own call.
@@ -112,20 +128,27 @@ class Attachment:
         if placement.is_sharded(flat) and torch.is_grad_enabled():
             raise EngineError(SHARDED)
         gathered: torch.Tensor = placement.whole(flat)
-        return gathered
+        if self.gives != EMBEDDINGS:
+            return gathered
+        assert module is not None, "embeddings are read by a stack"
+        return read_embeddings(module, self, gathered)
 
-    def gates(self) -> dict[str, torch.Tensor]:
-        """What each site's part of the output is multiplied with; empty without a gate.
+    def addition(self, flat: torch.Tensor) -> Addition | None:
+        """What sites add to their attention's output; ``None`` where K and V stand in front.
 
         Raises:
             EngineError: If the gate is sharded and not gathered by the model's own call.
         """
+        dropout = self.config.prefix_dropout
+        if self.gives == MEMORY:
+            return PrefixMemory(split_memory(flat, self.layout), dropout)
         if not self.config.gate:
-            return {}
+            return None
         gate = self.encoder.get_parameter(GATE)
         if placement.is_sharded(gate) and torch.is_grad_enabled():
             raise EngineError(SHARDED)
-        return open_gates(placement.whole(gate), self.layout)
+        pieces = dict(zip((site.place for site in self.layout.sites), self.layout.split(flat), strict=True))
+        return GatedPrefix(pieces, split_gate(placement.whole(gate), self.layout), dropout)
 
     def offset(self, stack: Stack) -> int:
         """How far the prefix moves the positions of ``stack``: P, or 0."""
@@ -222,12 +245,15 @@ class BeforeStack:
         flat = arguments.pop(FLAT, None)
         forget_positions()
         engine = self.attachment.engine
+        reading = reading_now(self.attachment)
+        if reading is not None:
+            return (), AttentionEngine.send(module, self.stack, arguments, self.attachment, reading)
         if self.attachment.enabled and not self.stack.sites:
             count_positions(module, self.stack, arguments)
         if not self.attachment.enabled or not self.stack.sites:
             return (), engine.off(module, self.stack, arguments, self.attachment)
         if flat is None:
-            flat = self.attachment.flat()
+            flat = self.attachment.flat(module)
         return (), engine.before(module, self.stack, arguments, self.attachment, flat)
 
 
@@ -240,7 +266,7 @@ class AfterStack:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The output, as the caller would see it without a prefix."""
-        if not self.attachment.enabled:
+        if not self.attachment.enabled or reading_now(self.attachment) is not None:
             return output
         return self.attachment.engine.after(module, self.stack, kwargs, self.attachment, output)
 

@@ -18,7 +18,6 @@ from prefixkit import placement, transformers_internals as internals
 from prefixkit.adapter import PositionIds, RelativeBias, Site, Stack
 from prefixkit.call import StackCall
 from prefixkit.errors import EngineError
-from prefixkit.gate import add_gated
 from prefixkit.positions import place_positions
 from prefixkit.prefix_state import (
     MARK,
@@ -177,7 +176,7 @@ class AttentionEngine:
         config = attachment.config
         moved = None if real is None else real + config.num_virtual_tokens
         here = {site.place for site in stack.sites}
-        pieces = zip(attachment.layout.sites, attachment.layout.split(flat), strict=True)
+        pieces = () if attachment.adds else zip(attachment.layout.sites, attachment.layout.split(flat), strict=True)
         state = PrefixState(
             pieces={site.place: piece for site, piece in pieces if site.place in here},
             num_virtual_tokens=config.num_virtual_tokens,
@@ -186,7 +185,7 @@ class AttentionEngine:
             dropout=config.prefix_dropout,
             shifts=bool(attachment.offset(stack)),
             witness=None if torch.compiler.is_compiling() else Witness(),
-            gates=attachment.gates(),
+            addition=attachment.addition(flat),
         )
         positions = stack.positions
         prefix_bias = positions.prefix_bias if isinstance(positions, PositionIds | RelativeBias) else None
@@ -249,9 +248,9 @@ def make_attention(name: str, original: internals.AttentionFunction) -> internal
         if state.read is not None:
             state.note(site, key, value)
             return original(module, query, key, value, attention_mask, **kwargs)
-        if state.gates:
+        if state.addition is not None:
             output, weights = original(module, query, key, value, attention_mask, **kwargs)
-            return add_gated(output, query, kwargs, site=site, state=state, training=module.training), weights
+            return output + state.addition.of(query, kwargs, site, module.training).transpose(1, 2), weights
         causal = attention_mask is None and _sdpa_would_be_causal(name, module, query.shape[2], kwargs)
         attention_mask = _wider_mask(attention_mask, query, key, causal=causal, site=site, state=state)
         if attention_mask is not None and kwargs.get("is_causal"):

@@ -17,6 +17,7 @@ from prefixkit.adapter import PositionIds, RelativeBias, Stack
 from prefixkit.call import StackCall
 from prefixkit.errors import EngineError
 from prefixkit.layout import KeyValue
+from prefixkit.method import EMBEDDINGS
 from prefixkit.positions import place_positions
 
 if TYPE_CHECKING:
@@ -121,19 +122,11 @@ def check_cacheable(attachment: Attachment) -> None:
     sites = [site for site in attachment.layout.sites if site.stack != "encoder"]
     if not sites:
         raise EngineError("this prefix has encoder sites only, and an encoder takes no cache")
-    if attachment.config.gate:
-        raise EngineError(f"a native cache holds no gate; {USE_ATTENTION}")
-    uncounted = [stack for stack in attachment.stacks if stack.name == "decoder" and stack.positions is None]
-    if uncounted and _has_self_sites(attachment):
-        raise EngineError(
-            "this model may count positions from the length of its cache, and its adapter knows no way to tell it "
-            f"others; {USE_ATTENTION}"
-        )
-    if attachment.config.window == "pinned" and any(site.window for site in sites):
-        raise EngineError(
-            "a native cache cannot keep a prefix in sight of a sliding window; "
-            f"{USE_ATTENTION}, or apply the prefix with window='slide'"
-        )
+    if attachment.adds:
+        raise EngineError(f"a native cache holds keys and values only, no gate and no memory; {USE_ATTENTION}")
+    if attachment.gives == EMBEDDINGS and attachment.engine.name == "cache":
+        raise EngineError(f"the cache engine has no way to read embeddings; {USE_ATTENTION}")
+    _check_policies(attachment)
     if not all(stack.caches for stack in attachment.stacks if stack.name == "decoder"):
         raise EngineError(
             "the native cache of this model does not keep what its attention is given, one layer for each site (it "
@@ -141,6 +134,21 @@ def check_cacheable(attachment: Attachment) -> None:
         )
     if attachment.config.layers is not None:
         raise EngineError("a native cache needs a prefix in every layer; apply the prefix without layers=")
+
+
+def _check_policies(attachment: Attachment) -> None:
+    """Raise for positions and windows that the native cache cannot have."""
+    uncounted = [stack for stack in attachment.stacks if stack.name == "decoder" and stack.positions is None]
+    if uncounted and _has_self_sites(attachment):
+        raise EngineError(
+            "this model may count positions from the length of its cache, and its adapter knows no way to tell it "
+            f"others; {USE_ATTENTION}"
+        )
+    if attachment.config.window == "pinned" and any(site.window for site in attachment.layout.sites):
+        raise EngineError(
+            "a native cache cannot keep a prefix in sight of a sliding window; "
+            f"{USE_ATTENTION}, or apply the prefix with window='slide'"
+        )
     relative = any(isinstance(stack.positions, RelativeBias) for stack in attachment.stacks)
     if attachment.config.positions == "none" and relative and _has_self_sites(attachment):
         raise EngineError(

@@ -68,7 +68,7 @@ def _automatic(model: PreTrainedModel, stacks: Iterable[Stack]) -> tuple[str, ..
     if not any(name.endswith(TASKS_WITH_NEW_HEAD) for name in classes):
         return ()
     body = {stack.path.split(".")[0] for stack in stacks}
-    embeddings = _input_embeddings(model)
+    embeddings = input_embeddings(model)
     modules = [
         name
         for name, child in model.named_children()
@@ -79,7 +79,7 @@ def _automatic(model: PreTrainedModel, stacks: Iterable[Stack]) -> tuple[str, ..
     return (*modules, *own)
 
 
-def _input_embeddings(model: PreTrainedModel) -> nn.Module | None:
+def input_embeddings(model: PreTrainedModel) -> nn.Module | None:
     """The model's token embeddings; a model of sound or images may have none."""
     try:
         embeddings: nn.Module = model.get_input_embeddings()

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from prefixkit import placement
 from prefixkit.errors import ConfigError, EngineError, closest
 from prefixkit.frozen import keep_frozen
+from prefixkit.method import EMBEDDINGS, MEMORY
 from prefixkit.reading import join, of_cache, read
 
 if TYPE_CHECKING:
@@ -92,7 +93,9 @@ def initialise(model: PreTrainedModel, attachment: Attachment, init: Init) -> No
     Raises:
         ConfigError: If ``init`` is none of the possible values, has another shape, or cannot be read.
     """
-    flat = _wanted(model, attachment, init)
+    if attachment.gives == MEMORY and init not in {"auto", "zeros", "random"}:
+        raise ConfigError("a memory starts empty, at the base model; leave init= out")
+    flat = None if attachment.gives == MEMORY else _wanted(model, attachment, init)
     if flat is not None:
         start_from(attachment.encoder, flat)
     if attachment.config.num_frozen_tokens:
@@ -140,13 +143,16 @@ def _wanted(model: PreTrainedModel, attachment: Attachment, init: Init) -> torch
     if isinstance(init, str):
         return _of_word(model, attachment, init)
     if isinstance(init, torch.Tensor):
-        expected = (config.num_virtual_tokens, attachment.layout.width)
+        expected = _shape(attachment)
         if tuple(init.shape) != expected or not init.is_floating_point():
+            what = "embeddings are" if attachment.gives == EMBEDDINGS else "flat prefix of this model is"
             raise ConfigError(
-                f"init is {tuple(init.shape)} of {init.dtype}; the flat prefix of this model is {expected} of floating "
+                f"init is {tuple(init.shape)} of {init.dtype}; the {what} {expected} of floating "
                 "numbers (token ids go into prefixkit.TextInit)"
             )
         return init.to(_device(attachment), torch.float32)
+    if isinstance(init, Cache) and attachment.gives == EMBEDDINGS:
+        raise ConfigError("a cache holds no embeddings to start from; pass a text, or use method='p-tuning-v2'")
     if isinstance(init, Cache):
         return _of_length(join(attachment, of_cache(init, attachment)), attachment)
     if isinstance(init, TextInit):
@@ -163,6 +169,12 @@ def _of_length(flat: torch.Tensor, attachment: Attachment) -> torch.Tensor:
     return flat
 
 
+def _shape(attachment: Attachment) -> tuple[int, ...]:
+    """Of what the method's encoder gives."""
+    with torch.no_grad():
+        return tuple(attachment.encoder().shape)
+
+
 def _possible() -> str:
     words = ", ".join(repr(word) for word in WORDS)
     return f"{words}, a tensor with the flat prefix, a transformers cache, prefixkit.TextInit, prefixkit.ChunksInit"
@@ -175,7 +187,7 @@ def _of_word(model: PreTrainedModel, attachment: Attachment, word: str) -> torch
     if word == "random":
         return None
     if word == "zeros":
-        return torch.zeros(tokens, attachment.layout.width, device=_device(attachment))
+        return torch.zeros(_shape(attachment), device=_device(attachment))
     if word == "tokens":
         return _of_ids(model, attachment, random_ids(model, tokens))
     if word == "matched":
@@ -217,6 +229,10 @@ def _of_ids(model: PreTrainedModel, attachment: Attachment, ids: torch.Tensor) -
 
 def _read(model: PreTrainedModel, attachment: Attachment, ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     device = placement.real_device(model)
+    if attachment.gives == EMBEDDINGS:
+        with torch.no_grad():
+            embeddings: torch.Tensor = model.get_input_embeddings()(ids.to(device))
+        return embeddings.to(_device(attachment), torch.float32)
     inputs: dict[str, Any] = {"input_ids": ids[None].to(device)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = target[None].to(device)

@@ -12,16 +12,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prefixkit.adapter import Adapter, Site
+from prefixkit.additions import GATE
 from prefixkit.assembly import build, check_model, stacks_of
 from prefixkit.attachment import MODULE, Attachment, find, install, require, swap_head, uninstall
 from prefixkit.discovery import installed
 from prefixkit.errors import AttachmentError, ConfigError, EngineError
 from prefixkit.frozen import add_frozen
-from prefixkit.gate import GATE
 from prefixkit.head import choose_head, head_parameters
 from prefixkit.initialisation import Init, initialise
 from prefixkit.instance_calls import start_answering, stop_answering
 from prefixkit.layout import Layout
+from prefixkit.method import MEMORY, PREFIX
 from prefixkit.prefix_config import PrefixConfig
 from prefixkit.prefix_encoder import PrefixEncoder, flat_encoder
 
@@ -209,19 +210,19 @@ def fold(model: Model) -> Model:
         EngineError: If it is sharded or offloaded.
     """
     attachment = require(model)
-    if isinstance(attachment.encoder, PrefixEncoder) and attachment.encoder.transform is None:
+    if attachment.gives == MEMORY or (isinstance(attachment.encoder, PrefixEncoder) and attachment.encoder.is_flat):
         return model
     if attachment.is_sharded():
         raise EngineError("FSDP would not know the folded prefix; fold it before the model is sharded")
     with torch.no_grad():
-        encoder = flat_encoder(attachment.flat())
+        encoder = flat_encoder(attachment.flat_of(model))
     if attachment.config.gate:
         encoder.register_parameter(GATE, attachment.encoder.get_parameter(GATE))
     if attachment.config.num_frozen_tokens:
         add_frozen(encoder, attachment.config.num_frozen_tokens)
     trains = any(value.requires_grad for value in attachment.encoder.parameters())
     encoder.requires_grad_(trains).train(attachment.encoder.training)
-    attachment.encoder = encoder
+    attachment.encoder, attachment.gives = encoder, PREFIX
     attachment.config = replace(attachment.config, folded=True)
     holder = model.get_submodule(MODULE)
     holder.add_module(attachment.config.name, encoder)

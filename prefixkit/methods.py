@@ -1,4 +1,4 @@
-"""The two built-in methods. They enter by the hook that any plugin uses."""
+"""The built-in methods. They enter by the hook that any plugin uses."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from prefixkit.hookspecs import hookimpl
-from prefixkit.method import Method, PrefixShape
+from prefixkit.method import EMBEDDINGS, MEMORY, Method, PrefixShape
 
 if TYPE_CHECKING:
-    from prefixkit.prefix_encoder import PrefixEncoder
+    from prefixkit.prefix_encoder import Memory, PrefixEncoder, VirtualTokens
 
-OPTIONS = {"prefix_projection": True, "encoder_hidden_size": 512, "prefix_dropout": 0.0}
+DROPOUT = {"prefix_dropout": 0.0}
+OPTIONS = {"prefix_projection": True, "encoder_hidden_size": 512, "share_key_value": False, **DROPOUT}
 
 
 def build(shape: PrefixShape, options: Mapping[str, Any]) -> PrefixEncoder:
@@ -22,11 +23,31 @@ def build(shape: PrefixShape, options: Mapping[str, Any]) -> PrefixEncoder:
         shape,
         prefix_projection=options["prefix_projection"],
         encoder_hidden_size=options["encoder_hidden_size"],
+        share_key_value=options["share_key_value"],
     )
+
+
+def build_tokens(shape: PrefixShape, _: Mapping[str, Any]) -> VirtualTokens:
+    """Input embeddings of virtual tokens."""
+    from prefixkit.prefix_encoder import VirtualTokens
+
+    return VirtualTokens(shape)
+
+
+def build_memory(shape: PrefixShape, _: Mapping[str, Any]) -> Memory:
+    """Empty memories."""
+    from prefixkit.prefix_encoder import Memory
+
+    return Memory(shape)
 
 
 @hookimpl
 def prefixkit_methods() -> Iterator[Method]:
-    """Prefix tuning (Li & Liang 2021), and p-tuning v2 (Liu et al. 2022): the same, without the MLP."""
+    """Prefix tuning (Li & Liang 2021), and p-tuning v2 (Liu et al. 2022): the same, without the MLP.
+
+    For comparison, prompt tuning (Lester et al. 2021) and prefix memory (Wang et al. 2025).
+    """
     yield Method(name="prefix-tuning", build=build, options=OPTIONS)
     yield Method(name="p-tuning-v2", build=build, options={**OPTIONS, "prefix_projection": False})
+    yield Method(name="prompt-tuning", build=build_tokens, options=DROPOUT, gives=EMBEDDINGS)
+    yield Method(name="prefix-memory", build=build_memory, options=DROPOUT, gives=MEMORY)

@@ -60,7 +60,7 @@ def to_cache(model: PreTrainedModel, batch_size: int = 1) -> Cache:
         )
     module = model.get_submodule(decoder.path)
     with torch.no_grad():
-        flat = attachment.flat().detach()
+        flat = attachment.flat_of(model).detach()
     pieces = attachment.prepared(flat, dtype=placement.compute_dtype(module), training=False)
     # Own memory: a caller may write into the cache, or train the prefix further.
     pieces = {place: KeyValue(key.clone(), value.clone()) for place, (key, value) in pieces.items()}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +24,9 @@ from prefixkit.adapter import Site
 from prefixkit.errors import EngineError
 from prefixkit.layout import KeyValue
 from prefixkit.widening import put_in_front, widen_bias, widen_block_mask, widen_mask
+
+if TYPE_CHECKING:
+    from prefixkit.additions import Addition
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -56,8 +59,7 @@ class PrefixState:
         witness: Notes whether any attention has asked for it; ``None`` in a compiled graph.
         turns: How often each module that several layers share has called its attention so far, by path.
         shifts: Whether real tokens were moved behind the prefix.
-        gates: What the prefix's part of the output is multiplied with, ``(kv_heads,)`` by the site's place;
-            empty where there is no gate.
+        addition: What the sites add to their attention's output instead of keys and values in front of it.
         read: Where there is no prefix yet: takes the keys and values that the base makes of a text, by the
             site's place; of several runs of a stack those of the first.
     """
@@ -71,7 +73,7 @@ class PrefixState:
     witness: Witness | None = None
     turns: dict[str, int] = field(default_factory=dict)
     shifts: bool = False
-    gates: dict[str, torch.Tensor] = field(default_factory=dict)
+    addition: Addition | None = None
     read: dict[str, KeyValue] | None = None
     _causal: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     _block_masks: list[tuple[Any, int | None, Any]] = field(default_factory=list)

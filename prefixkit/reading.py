@@ -69,7 +69,7 @@ def join(attachment: Attachment, pieces: Mapping[str, KeyValue]) -> torch.Tensor
         raise ConfigError(f"the sites have numbers of keys that differ, so they make no prefix: {lengths}")
     device = next(attachment.encoder.parameters()).device
     parts = (pieces[site.place] for site in attachment.layout.sites)
-    return attachment.layout.join([KeyValue(*(part.detach().to(device).float() for part in pair)) for pair in parts])
+    return attachment.layout.join([KeyValue(*(part.to(device).float() for part in pair)) for pair in parts])
 
 
 def of_cache(cache: Cache, attachment: Attachment) -> dict[str, KeyValue]:
@@ -95,7 +95,7 @@ def of_cache(cache: Cache, attachment: Attachment) -> dict[str, KeyValue]:
                 f"the cache has {given[0]} heads of ({given[1]}) and ({given[2]}) for {site.path!r}, and the model "
                 f"{site.kv_heads} of ({site.key_dim}) and ({site.value_dim})"
             )
-        pieces[site.place] = KeyValue(key[0], value[0])
+        pieces[site.place] = KeyValue(key[0].detach(), value[0].detach())
     return pieces
 
 

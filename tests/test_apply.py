@@ -20,7 +20,7 @@ CASES = [
         {"encoder_hiden_size": 3},
         MethodError,
         "method 'p-tuning-v2' has no option 'encoder_hiden_size' (did you mean 'encoder_hidden_size'?); "
-        "possible: encoder_hidden_size, prefix_dropout, prefix_projection",
+        "possible: encoder_hidden_size, prefix_dropout, prefix_projection, share_key_value",
     ),
     (
         {"method": "prefix-tuning", "encoder_hidden_size": 0},

@@ -145,7 +145,7 @@ def test_checkpointing_gives_the_same_gradients():
     [
         ({"positions": "shift"}, ConfigError, "^gate=True starts at the base model, .* pass positions='none'$"),
         ({"window": "slide"}, ConfigError, "use window='pinned'$"),
-        ({"engine": "cache"}, EngineError, "^a native cache holds no gate; use engine='attention'$"),
+        ({"engine": "cache"}, EngineError, "^a native cache holds keys and values only, no gate"),
         ({"gate": "yes"}, ConfigError, "^gate is 'yes'; it must be a bool$"),
     ],
 )
@@ -157,7 +157,7 @@ def test_what_a_gate_cannot_be(options, error, message):
 
 
 def test_a_gate_leaves_the_library_by_no_cache():
-    with pytest.raises(EngineError, match="^a native cache holds no gate"):
+    with pytest.raises(EngineError, match="^a native cache holds keys and values only, no gate"):
         prefixkit.to_cache(opened())
 
 
