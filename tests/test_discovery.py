@@ -164,7 +164,8 @@ def test_methods_of_plugins(plugin):
     with pytest.raises(MethodError) as caught:
         registry.method("p-tuning")
     assert str(caught.value) == (
-        "no method 'p-tuning' (did you mean 'p-tuning-v2'?); installed: mine, p-tuning-v2, prefix-tuning"
+        "no method 'p-tuning' (did you mean 'p-tuning-v2'?); installed: mine, p-tuning-v2, prefix-memory, "
+        "prefix-tuning, prompt-tuning"
     )
     twice = Registry(lambda: [plugin("a", METHOD.format(name="mine")), plugin("b", METHOD.format(name="mine"))])
     with pytest.raises(MethodError) as caught:
