@@ -50,7 +50,7 @@ def arms_e2e(seeds: Sequence[int]) -> Planned:
         "prefix-tuning (MLP)": arms.prefix("prefix-tuning"),
         "embedding-only": arms.prefix("prompt-tuning"),
         "prefix memory": arms.prefix("prefix-memory", tokens=1, positions="none"),
-        "LoRA, equal budget": arms.lora(5, ["c_attn"]),
+        "LoRA, equal budget": arms.lora(10, ["c_attn"]),
         "top layer": arms.top_layers(1),
         "full fine-tuning": arms.full,
     }
