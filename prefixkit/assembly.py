@@ -30,6 +30,7 @@ from prefixkit.errors import (
 )
 from prefixkit.frozen import add_frozen
 from prefixkit.head import input_embeddings
+from prefixkit.infix import check_infix
 from prefixkit.layout import Layout
 from prefixkit.method import EMBEDDINGS, MEMORY, PREFIX, PrefixShape
 from prefixkit.prefix_config import PrefixConfig
@@ -114,6 +115,8 @@ def _check_method(attachment: Attachment) -> None:
             f"method {config.method!r} has no virtual tokens and starts at the base model by itself; pass "
             "num_virtual_tokens=1 and gate=False"
         )
+    if config.infix:
+        check_infix(config, stacks, attachment.engine.name)
     if attachment.adds:
         what = "gate=True" if config.gate else f"method {config.method!r}"
         check_addition(what, config, stacks, attachment.engine.name)

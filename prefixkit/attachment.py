@@ -25,6 +25,7 @@ from prefixkit.embeddings import read_embeddings, reading_now
 from prefixkit.errors import AttachmentError, CheckpointError, EngineError, UnsupportedModelError
 from prefixkit.frozen import with_frozen
 from prefixkit.head import head_parameters
+from prefixkit.infix import BeforeLabels, after_labels
 from prefixkit.layout import KeyValue, Layout
 from prefixkit.method import EMBEDDINGS, MEMORY, PREFIX
 from prefixkit.positions import count_positions, forget_positions, look_up_placed
@@ -358,6 +359,10 @@ def swap_head(model: nn.Module, attachment: Attachment) -> None:
 def _add_hooks(model: PreTrainedModel, attachment: Attachment) -> None:
     handles = attachment.handles
     handed = internals.takes_any_keyword(model) and all(stack.hands_down for stack in attachment.stacks)
+    if attachment.config.infix:
+        labels = BeforeLabels(tuple(signature(model.forward).parameters))
+        handles.append(model.register_forward_pre_hook(labels, with_kwargs=True))
+        handles.append(model.register_forward_hook(after_labels, always_call=True))
     if sum(bool(stack.sites) for stack in attachment.stacks) > 1 and handed:
         handles.append(model.register_forward_pre_hook(BeforeModel(attachment), with_kwargs=True))
     for stack in attachment.stacks:

@@ -122,6 +122,8 @@ def check_cacheable(attachment: Attachment) -> None:
     sites = [site for site in attachment.layout.sites if site.stack != "encoder"]
     if not sites:
         raise EngineError("this prefix has encoder sites only, and an encoder takes no cache")
+    if attachment.config.infix:
+        raise EngineError(f"a native cache cannot hide an infix from the text before it; {USE_ATTENTION}")
     if attachment.adds:
         raise EngineError(f"a native cache holds keys and values only, no gate and no memory; {USE_ATTENTION}")
     if attachment.gives == EMBEDDINGS and attachment.engine.name == "cache":

@@ -21,6 +21,7 @@ from prefixkit.attachment import require
 from prefixkit.beside_peft import has_peft_layers, peft_parameters
 from prefixkit.cache_engine import CacheEngine
 from prefixkit.errors import CheckpointError, EngineError
+from prefixkit.infix import GenerateBehind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,6 +150,8 @@ def start_answering(model: PreTrainedModel) -> None:
     answers |= {"save_pretrained": SavePretrained(model), "load_state_dict": LoadStateDict(model)}
     if isinstance(attachment.engine, CacheEngine) and model.can_generate():
         answers["generate"] = Generate(model)
+    if attachment.config.infix and model.can_generate():
+        answers["generate"] = GenerateBehind(model)
     for name, answer in answers.items():
         if name in model.__dict__:
             attachment.displaced[name] = model.__dict__[name]
@@ -157,7 +160,7 @@ def start_answering(model: PreTrainedModel) -> None:
 
 def stop_answering(model: PreTrainedModel) -> None:
     """Give the calls back to the class, or to what the instance had of its own."""
-    answers = (SavePretrained, LoadStateDict, Generate, RefuseContinuousBatching)
+    answers = (SavePretrained, LoadStateDict, Generate, GenerateBehind, RefuseContinuousBatching)
     for name in [name for name, value in model.__dict__.items() if isinstance(value, answers)]:
         del model.__dict__[name]
     model.__dict__.update(require(model).displaced)

@@ -44,6 +44,7 @@ def apply(
     layers: Sequence[int] | None = None,
     head: str | bool | Sequence[str] = "auto",
     gate: bool = False,
+    infix: bool = False,
     num_frozen_tokens: int = 0,
     **method_options: Any,
 ) -> Model:
@@ -81,6 +82,8 @@ def apply(
             it stays frozen; a list of module names: those train.
         gate: Whether the prefix has a softmax of its own and a gate that starts shut, so that training starts at
             the base model, bit for bit. Needs ``positions="none"`` and the attention engine.
+        infix: Whether the prefix stands between a text and its continuation, ``[x; PREFIX; y]``. Where y begins
+            is told by ``labels`` in training, and is the last token of the prompt in ``generate``.
         num_frozen_tokens: How many of the first virtual tokens keep the keys and values they start with.
         **method_options: Options of the method: ``prefix_projection``, ``encoder_hidden_size``
             (512), ``prefix_dropout`` (0).
@@ -112,6 +115,7 @@ def apply(
         layers=_listed("layers", layers, "layer numbers"),
         engine=engine,
         gate=gate,
+        infix=infix,
         num_frozen_tokens=num_frozen_tokens,
         model_type=model_type,
         base_model_name_or_path=getattr(model.config, "_name_or_path", "") or "",

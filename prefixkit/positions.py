@@ -25,9 +25,11 @@ writes them, and the table's, which takes them, but the start of the stack's own
 
 
 def place_positions(
-    module: nn.Module, stack: Stack, arguments: dict[str, Any], call: StackCall, offset: int
+    module: nn.Module, stack: Stack, arguments: dict[str, Any], call: StackCall, offset: int, *, moved: Any = True
 ) -> torch.Tensor:
     """Give the stack its positions, moved by ``offset``, in ``arguments`` or in its table.
+
+    Only those that ``moved (batch or 1, queries)`` says are moved.
 
     Returns:
         The positions of the real tokens before moving, ``(batch or 1, queries)``.
@@ -41,12 +43,12 @@ def place_positions(
         # Some models (XLM) want ids for every row.
         real = call.token_positions().expand(call.batch, -1) if given is None else given - kind.offset
         _check_limit(real, kind.limit, offset, call)
-        arguments["position_ids"] = real + offset + kind.offset
+        arguments["position_ids"] = real + offset * moved + kind.offset
         return real
     real = call.token_positions()
     if isinstance(kind, PositionTable):
         _check_limit(real, kind.limit, offset, call)
-        _under_way.rows = (id(module.get_submodule(kind.path)), real + offset + kind.offset)
+        _under_way.rows = (id(module.get_submodule(kind.path)), real + offset * moved + kind.offset)
     return real
 
 

@@ -34,6 +34,7 @@ class PrefixConfig:
         sites: Where it stands.
         head: Modules of the base that train, and are saved, with it.
         gate: Whether it has a softmax of its own and a gate, which was shut at the start.
+        infix: Whether it stands between a text and its continuation.
         num_frozen_tokens: How many of its first virtual tokens do not train.
     """
 
@@ -52,6 +53,7 @@ class PrefixConfig:
     sites: tuple[Site, ...] = ()
     head: tuple[str, ...] = ()
     gate: bool = False
+    infix: bool = False
     num_frozen_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -60,6 +62,7 @@ class PrefixConfig:
             ("model_type", str),
             ("folded", bool),
             ("gate", bool),
+            ("infix", bool),
             ("method_options", Mapping),
         ):
             _of_kind(field, getattr(self, field), kind)

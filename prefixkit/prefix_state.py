@@ -60,6 +60,7 @@ class PrefixState:
         turns: How often each module that several layers share has called its attention so far, by path.
         shifts: Whether real tokens were moved behind the prefix.
         addition: What the sites add to their attention's output instead of keys and values in front of it.
+        behind: Which queries stand behind the prefix and see it, ``(batch or 1, queries)``; ``None``: all.
         read: Where there is no prefix yet: takes the keys and values that the base makes of a text, by the
             site's place; of several runs of a stack those of the first.
     """
@@ -74,6 +75,7 @@ class PrefixState:
     turns: dict[str, int] = field(default_factory=dict)
     shifts: bool = False
     addition: Addition | None = None
+    behind: torch.Tensor | None = None
     read: dict[str, KeyValue] | None = None
     _causal: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     _block_masks: list[tuple[Any, int | None, Any]] = field(default_factory=list)
@@ -104,6 +106,8 @@ class PrefixState:
 
     def seen(self, site: Site) -> torch.Tensor | None:
         """Which queries see which virtual tokens, ``(batch or 1, 1, queries, P)``; ``None``: all do."""
+        if self.behind is not None:
+            return self.behind[:, None, :, None].expand(-1, -1, -1, self.num_virtual_tokens)
         if not self.slide or site.window is None or self.query_positions is None:
             return None
         columns = torch.arange(self.num_virtual_tokens, device=self.query_positions.device)
@@ -288,7 +292,7 @@ def in_front(
         return key, value, mask
     seen = state.seen(site)
     if seen is not None and (mask is None or state.bias is not None):
-        raise EngineError("window='slide' is not served here; use window='pinned'")
+        raise EngineError("a prefix that only some queries see (window='slide', infix=True) is not served here")
     if mask is not None and state.bias is not None and site.stack != "cross":
         mask = widen_bias(mask, state.bias, state.num_virtual_tokens, len(key))
     elif mask is not None:
