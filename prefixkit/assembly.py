@@ -32,7 +32,7 @@ from prefixkit.frozen import add_frozen
 from prefixkit.head import input_embeddings
 from prefixkit.infix import check_infix
 from prefixkit.layout import Layout
-from prefixkit.method import EMBEDDINGS, MEMORY, PREFIX, PrefixShape
+from prefixkit.method import EMBEDDINGS, MEMORY, PREFIX, Method, PrefixShape
 from prefixkit.prefix_config import PrefixConfig
 from prefixkit.prefix_encoder import flat_encoder
 
@@ -58,8 +58,13 @@ def check_model(model: object) -> str:
     return str(model.config.model_type)
 
 
-def build(model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None) -> Attachment:
-    """A finished attachment for ``config``, not yet on the model, which stays as it is."""
+def build(
+    model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None, method: Method | None = None
+) -> Attachment:
+    """A finished attachment for ``config``, not yet on the model, which stays as it is.
+
+    ``adapter`` and ``method`` overrule the installed ones.
+    """
     if placement.is_spread(model):
         raise UnsupportedModelError(
             "the weights of this model are spread over processes already, and the prefix would not be kept alike in "
@@ -82,14 +87,15 @@ def build(model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None)
         memory_size=memory_width(layout),
         halves=tuple((site.kv_heads * site.key_dim, site.kv_heads * site.value_dim) for site in layout.sites),
     )
-    gives = PREFIX if config.folded else installed().method(config.method).gives
+    method = None if config.folded else method or installed().method(config.method)
+    gives = PREFIX if method is None else method.gives
     # A memory has no tokens behind which any could be moved.
     moves = gives != MEMORY and any(stack.sites and stack.positions is not None for stack in stacks)
     attachment = Attachment(
         config=replace(config, sites=layout.sites, positions=config.positions if moves else "none"),
         stacks=stacks,
         layout=layout,
-        encoder=_encoder(config, shape).to(placement.real_device(model)),
+        encoder=_encoder(config, shape, method).to(placement.real_device(model)),
         engine=CacheEngine() if config.engine == "cache" else AttentionEngine(),
         gives=gives,
     )
@@ -144,10 +150,10 @@ def _choose_engine(model: PreTrainedModel, attachment: Attachment) -> None:
             raise EngineError(f"{no_attention}; and {no_cache}") from no_cache
 
 
-def _encoder(config: PrefixConfig, shape: PrefixShape) -> nn.Module:
-    if config.folded:
+def _encoder(config: PrefixConfig, shape: PrefixShape, method: Method | None) -> nn.Module:
+    """The method's prefix encoder, or without one that of a folded prefix."""
+    if method is None:
         return flat_encoder(torch.zeros(shape.num_virtual_tokens, shape.width))
-    method = installed().method(config.method)
     encoder = method.build(shape, method.resolve(config.method_options))
     with torch.no_grad():
         given, expected = tuple(encoder().shape), _expected(method.gives, shape)

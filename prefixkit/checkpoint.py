@@ -18,6 +18,7 @@ from prefixkit.attachment import Attachment, require
 from prefixkit.errors import CheckpointError, ConfigError, MethodError
 from prefixkit.head import choose_head, head_parameters
 from prefixkit.lifecycle import put_on
+from prefixkit.method import Method
 from prefixkit.prefix_config import PrefixConfig
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -45,7 +46,12 @@ def save(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
 
 
 def load(
-    model: Model, directory: str | os.PathLike[str], *, trainable: bool = False, adapter: Adapter | None = None
+    model: Model,
+    directory: str | os.PathLike[str],
+    *,
+    trainable: bool = False,
+    adapter: Adapter | None = None,
+    method: Method | None = None,
 ) -> Model:
     """Put a saved prefix on ``model``, in place, and freeze everything else.
 
@@ -59,6 +65,7 @@ def load(
         directory: Where :func:`prefixkit.save`, or a ``Trainer``, wrote it.
         trainable: Whether prefix (with its MLP) and head train on; else all is frozen.
         adapter: Overrules the installed plugins.
+        method: Overrules them too; it must have the name that is stored.
 
     Returns:
         The same object.
@@ -79,7 +86,9 @@ def load(
             f"the prefix in {str(folder)!r} is for model type {config.model_type!r}; "
             f"this {type(model).__name__} is {model_type!r}"
         )
-    attachment = _build(model, config, adapter, folder)
+    if method is not None and method.name != config.method:
+        raise CheckpointError(f"the prefix in {str(folder)!r} is of method {config.method!r}, not of {method.name!r}")
+    attachment = _build(model, config, adapter, method, folder)
     _check_sites(config.sites, attachment.layout.sites, folder)
     _check_shapes(checkpoint_files.read_shapes(folder), attachment, model, folder)
     tensors = checkpoint_files.read_tensors(folder)
@@ -90,10 +99,12 @@ def load(
     return model
 
 
-def _build(model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None, folder: Path) -> Attachment:
+def _build(
+    model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None, method: Method | None, folder: Path
+) -> Attachment:
     try:
         choose_head(model, list(config.head), ())
-        return build(model, config, adapter)
+        return build(model, config, adapter, method)
     # A RuntimeError is what torch raises for a size that no memory holds.
     except (ConfigError, MethodError, RuntimeError) as error:
         raise CheckpointError(

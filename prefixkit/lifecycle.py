@@ -22,7 +22,7 @@ from prefixkit.head import choose_head, head_parameters
 from prefixkit.initialisation import Init, initialise
 from prefixkit.instance_calls import start_answering, stop_answering
 from prefixkit.layout import Layout
-from prefixkit.method import MEMORY, PREFIX
+from prefixkit.method import MEMORY, PREFIX, Method
 from prefixkit.prefix_config import PrefixConfig
 from prefixkit.prefix_encoder import PrefixEncoder, flat_encoder
 
@@ -31,7 +31,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 def apply(
     model: Model,
-    method: str = "p-tuning-v2",
+    method: str | Method = "p-tuning-v2",
     *,
     num_virtual_tokens: int,
     name: str = "default",
@@ -60,7 +60,8 @@ def apply(
         model: A transformers model. It keeps its class. Where no plugin serves its type, a few tiny
             forward passes tell where the prefix goes (:func:`prefixkit.generic_adapter`).
         method: ``"prefix-tuning"`` (an MLP parametrises the prefix, Li & Liang 2021),
-            ``"p-tuning-v2"`` (the prefix is the parameter, Liu et al. 2022), or a plugin's.
+            ``"p-tuning-v2"`` (the prefix is the parameter, Liu et al. 2022), another of the
+            installed ones, or a :class:`Method` itself.
         num_virtual_tokens: Length P of the prefix.
         name: Name of the prefix, a Python identifier.
         adapter: Overrules the installed plugins.
@@ -104,9 +105,10 @@ def apply(
     On any error the model is as it was.
     """
     model_type = check_model(model)
+    chosen = method if isinstance(method, Method) else installed().method(method)
     config = PrefixConfig(
-        method=method,
-        method_options=installed().method(method).resolve(method_options),
+        method=chosen.name,
+        method_options=chosen.resolve(method_options),
         num_virtual_tokens=num_virtual_tokens,
         name=name,
         positions=positions,
@@ -120,7 +122,7 @@ def apply(
         model_type=model_type,
         base_model_name_or_path=getattr(model.config, "_name_or_path", "") or "",
     )
-    attachment = build(model, config, adapter)
+    attachment = build(model, config, adapter, chosen)
     attachment.config = replace(attachment.config, head=choose_head(model, head, attachment.stacks))
     initialise(model, attachment, init)
     put_on(model, attachment)

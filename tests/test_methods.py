@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import pytest
 import tiny
 import torch
 from test_checkpoint import assert_same, state
+from torch import nn
 from torch.nn import functional
 
 import prefixkit
+from prefixkit.discovery import installed
 from prefixkit.errors import ConfigError, EngineError, MethodError
+from prefixkit.testing import MethodConformance
 from prefixkit.testing.subject import enable_checkpointing
 
 TOKENS = 5
@@ -228,3 +233,137 @@ def test_what_is_refused(name, options, error, message):
 def test_a_memory_leaves_by_no_cache():
     with pytest.raises(EngineError, match="^a native cache holds keys and values only"):
         prefixkit.to_cache(prefixkit.apply(tiny.make("llama"), **MEMORY))
+
+
+# The kit
+
+
+class LowRank(nn.Module):
+    """A third party's, as in the guide."""
+
+    def __init__(self, rows, width, rank):
+        super().__init__()
+        self.left = nn.Parameter(torch.randn(rows, rank, dtype=torch.float32))
+        self.right = nn.Parameter(torch.randn(rank, width, dtype=torch.float32) * 0.02 / rank**0.5)
+
+    def forward(self):
+        return self.left @ self.right
+
+
+def low_rank(shape, options):
+    return LowRank(shape.num_virtual_tokens, shape.width, options["rank"])
+
+
+class TestLowRank(MethodConformance):
+    method = prefixkit.Method(name="low-rank", build=low_rank, options={"rank": 8, "prefix_dropout": 0.0})
+
+
+class TestPrefixTuning(MethodConformance):
+    method = installed().method("prefix-tuning")
+
+
+class TestPTuningV2(MethodConformance):
+    method = installed().method("p-tuning-v2")
+
+
+class TestSharedKeysAndValues(MethodConformance):
+    method = installed().method("p-tuning-v2")
+    options = MappingProxyType({"share_key_value": True, "init": "random"})
+
+    def test_it_starts_where_it_is_asked_to(self):
+        """Halfway: see above."""
+
+
+class TestGated(MethodConformance):
+    method = installed().method("prefix-tuning")
+    options = MappingProxyType({"gate": True})
+
+
+class TestPromptTuning(MethodConformance):
+    method = installed().method("prompt-tuning")
+
+
+class TestPrefixMemory(MethodConformance):
+    method = installed().method("prefix-memory")
+    num_virtual_tokens = 1
+
+
+class Wrong(LowRank):
+    """A method with one mistake."""
+
+
+class Forgets(Wrong):
+    """Part of it is in no state dict."""
+
+    def __init__(self, rows, width, rank):
+        super().__init__(rows, width, rank)
+        self.hidden = torch.randn(rows, 1)
+
+    def forward(self):
+        return super().forward() * self.hidden
+
+
+class Rolls(Wrong):
+    """Random in every call."""
+
+    def forward(self):
+        return super().forward() + torch.randn(1)
+
+
+class Idle(Wrong):
+    """A parameter that does nothing."""
+
+    def __init__(self, rows, width, rank):
+        super().__init__(rows, width, rank)
+        self.spare = nn.Parameter(torch.ones(1))
+
+    def forward(self):
+        return super().forward() + 0 * self.spare
+
+
+class Shared(Wrong):
+    """All models have one and the same parameter."""
+
+    one = None
+
+    def __init__(self, rows, width, rank):
+        super().__init__(rows, width, rank)
+        Shared.one = self.right = self.right if Shared.one is None else Shared.one
+
+
+class Halves(Wrong):
+    """In the default dtype."""
+
+    def __init__(self, rows, width, rank):
+        super().__init__(rows, width, rank)
+        self.left = nn.Parameter(torch.randn(rows, rank).float().to(torch.get_default_dtype()))
+
+    def forward(self):
+        return self.left.float() @ self.right
+
+
+class StartsElsewhere(Wrong):
+    def start(self, flat):
+        self.left.zero_()
+
+
+@pytest.mark.parametrize(
+    ("encoder", "test"),
+    [
+        (Forgets, "test_saved_and_loaded_it_is_the_same"),
+        (Rolls, "test_it_gives_the_same_twice"),
+        (Idle, "test_it_trains_and_the_base_does_not"),
+        (Shared, "test_two_models_share_nothing"),
+        (Halves, "test_parameters_are_float32_whatever_the_default"),
+        (StartsElsewhere, "test_it_starts_where_it_is_asked_to"),
+    ],
+)
+def test_the_kit_sees_a_wrong_method(encoder, test, tmp_path):
+    def build(shape, options):
+        return encoder(shape.num_virtual_tokens, shape.width, 4)
+
+    subject = type("Subject", (MethodConformance,), {})()
+    subject.method = prefixkit.Method(name="wrong", build=build, options={})
+    arguments = {"tmp_path": tmp_path} if "saved" in test else {"default": torch.float16} if "float32" in test else {}
+    with pytest.raises(AssertionError):
+        getattr(subject, test)(**arguments)

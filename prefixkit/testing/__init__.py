@@ -19,12 +19,13 @@ import pytest
 
 pytest.register_assert_rewrite(
     *(f"prefixkit.testing.{name}" for name in ("accelerated", "attention", "generation", "life", "numbers")),
-    *(f"prefixkit.testing.{name}" for name in ("parallel", "prompt", "sites", "training", "with_trainer")),
+    *(f"prefixkit.testing.{name}" for name in ("methods", "parallel", "prompt", "sites", "training", "with_trainer")),
 )
 
 from prefixkit.testing.conformance import Conformance  # noqa: E402 - assert rewriting comes first
 from prefixkit.testing.deviation import Deviation  # noqa: E402
+from prefixkit.testing.methods import MethodConformance  # noqa: E402
 from prefixkit.testing.subject import Subject  # noqa: E402
 from prefixkit.testing.traits import Traits, needs  # noqa: E402
 
-__all__ = ["Conformance", "Deviation", "Subject", "Traits", "needs"]
+__all__ = ["Conformance", "Deviation", "MethodConformance", "Subject", "Traits", "needs"]
