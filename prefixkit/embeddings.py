@@ -17,6 +17,7 @@ from torch import nn
 
 from prefixkit import transformers_internals as internals
 from prefixkit.errors import MethodError
+from prefixkit.method import EMBEDDINGS
 from prefixkit.prefix_state import PrefixState
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ _reading: ContextVar[tuple[str, PrefixState] | None] = ContextVar("prefixkit_rea
 
 def reading_now(attachment: Attachment) -> PrefixState | None:
     """What takes the keys and values while the stack of ``attachment`` reads its virtual tokens; else ``None``."""
+    if attachment.gives != EMBEDDINGS:  # torch.compile knows no context variables
+        return None
     reading = _reading.get()
     return reading[1] if reading is not None and reading[0] == attachment.identity else None
 
