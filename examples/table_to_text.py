@@ -44,8 +44,7 @@ import prefixkit
 
 HERE = Path(__file__).parent
 
-LEARNING_RATES = {"p-tuning-v2": 1.5e-1, "prefix-tuning": 2e-3, "full": 1e-3}
-"""A flat prefix wants a far higher learning rate than an MLP or the model's own weights."""
+FULL_LEARNING_RATE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -138,9 +137,17 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     pairs: list[tuple[str, str]],
     arguments: argparse.Namespace,
-    learning_rate: float,
+    learning_rate: float | None = None,
 ) -> None:
-    """Train whatever of ``model`` is trainable, with an untouched Trainer."""
+    """Train whatever of ``model`` is trainable, with an untouched Trainer.
+
+    A flat prefix wants a far higher learning rate than an MLP or the model's own weights; prefixkit knows which.
+    """
+    if all(parameter.requires_grad for parameter in model.parameters()):
+        learning_rate = learning_rate or FULL_LEARNING_RATE
+    else:
+        learning_rate = learning_rate or prefixkit.recommended_lr(prefixkit.config(model))
+        prefixkit.check_lr(prefixkit.config(model), learning_rate)
     seq2seq = model.config.is_encoder_decoder
     settings = TrainingArguments(
         output_dir=str(arguments.output / "run"),
@@ -183,7 +190,7 @@ def main_job(arguments: argparse.Namespace, pairs: list[tuple[str, str]], tests:
     prepare(model, arguments.method, arguments)
     share = 100 * trainable(model) / model.num_parameters()
     print(f"{arguments.method}: {trainable(model):,} trainable numbers, {share:.2f} % of the model")
-    train(model, tokenizer, pairs, arguments, arguments.learning_rate or LEARNING_RATES[arguments.method])
+    train(model, tokenizer, pairs, arguments, arguments.learning_rate)
     sentences = generate(model, tokenizer, sources, "tuned")
     after = bleu(sentences, tests)
 
@@ -209,12 +216,12 @@ def compare(arguments: argparse.Namespace, pairs: list[tuple[str, str]], tests: 
     """Prefix tuning, p-tuning v2 and full fine-tuning of the same model, same data, same epochs."""
     sources = [example.source for example in tests]
     rows = [("base", 0, 0.0, bleu(generate(*load_base(arguments.model), sources, "base"), tests))]
-    for method, learning_rate in LEARNING_RATES.items():
+    for method in ("p-tuning-v2", "prefix-tuning", "full"):
         set_seed(arguments.seed)
         model, tokenizer = load_base(arguments.model)
         prepare(model, method, arguments)
         start = time.perf_counter()
-        train(model, tokenizer, pairs, arguments, learning_rate)
+        train(model, tokenizer, pairs, arguments)
         seconds = time.perf_counter() - start
         rows.append((method, trainable(model), seconds, bleu(generate(model, tokenizer, sources, method), tests)))
     full = rows[-1][3]

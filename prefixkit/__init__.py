@@ -51,6 +51,10 @@ if TYPE_CHECKING:
         KeyValue as KeyValue,
         Layout as Layout,
     )
+    from prefixkit.learning_rate import (
+        check_lr as check_lr,
+        recommended_lr as recommended_lr,
+    )
     from prefixkit.lifecycle import (
         apply as apply,
         config as config,
@@ -85,6 +89,8 @@ _HOME = {
     "config": "lifecycle",
     "plugins": "discovery",
     "TextInit": "initialisation",
+    "recommended_lr": "learning_rate",
+    "check_lr": "learning_rate",
     "ChunksInit": "initialisation",
     "hookimpl": "hookspecs",
     "Adapter": "adapter",

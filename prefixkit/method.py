@@ -53,12 +53,14 @@ class Method:
         gives: ``"prefix"``: the encoder gives the flat prefix. ``"embeddings"``: input embeddings
             ``(num_virtual_tokens, embedding_size)``, which the base reads in every call; for decoders only.
             ``"memory"``: ``(1, memory_size)``, see :class:`prefixkit.additions.PrefixMemory`.
+        learning_rate: Given the options, the peak learning rate to recommend; ``None``: no idea.
     """
 
     name: str
     build: Callable[[PrefixShape, Mapping[str, Any]], nn.Module]
     options: Mapping[str, Any]
     gives: str = PREFIX
+    learning_rate: Callable[[Mapping[str, Any]], float] | None = None
 
     def __post_init__(self) -> None:
         if self.gives not in GIVES:

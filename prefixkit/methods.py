@@ -15,6 +15,16 @@ DROPOUT = {"prefix_dropout": 0.0}
 OPTIONS = {"prefix_projection": True, "encoder_hidden_size": 512, "share_key_value": False, **DROPOUT}
 
 
+FLAT_RATE, MLP_RATE, TOKENS_RATE, MEMORY_RATE = 0.1, 0.001, 0.1, 0.003
+"""What the studies found, to about a factor of two."""
+
+
+def learning_rate(options: Mapping[str, Any]) -> float:
+    """Of a prefix with or without the MLP."""
+    rate: float = MLP_RATE if options["prefix_projection"] else FLAT_RATE
+    return rate
+
+
 def build(shape: PrefixShape, options: Mapping[str, Any]) -> PrefixEncoder:
     """A prefix encoder with or without the MLP, as ``prefix_projection`` says."""
     from prefixkit.prefix_encoder import PrefixEncoder
@@ -47,7 +57,16 @@ def prefixkit_methods() -> Iterator[Method]:
 
     For comparison, prompt tuning (Lester et al. 2021) and prefix memory (Wang et al. 2025).
     """
-    yield Method(name="prefix-tuning", build=build, options=OPTIONS)
-    yield Method(name="p-tuning-v2", build=build, options={**OPTIONS, "prefix_projection": False})
-    yield Method(name="prompt-tuning", build=build_tokens, options=DROPOUT, gives=EMBEDDINGS)
-    yield Method(name="prefix-memory", build=build_memory, options=DROPOUT, gives=MEMORY)
+    flat = {**OPTIONS, "prefix_projection": False}
+    yield Method(name="prefix-tuning", build=build, options=OPTIONS, learning_rate=learning_rate)
+    yield Method(name="p-tuning-v2", build=build, options=flat, learning_rate=learning_rate)
+    yield Method(
+        name="prompt-tuning",
+        build=build_tokens,
+        options=DROPOUT,
+        gives=EMBEDDINGS,
+        learning_rate=lambda _: TOKENS_RATE,
+    )
+    yield Method(
+        name="prefix-memory", build=build_memory, options=DROPOUT, gives=MEMORY, learning_rate=lambda _: MEMORY_RATE
+    )

@@ -254,19 +254,24 @@ def low_rank(shape, options):
     return LowRank(shape.num_virtual_tokens, shape.width, options["rank"])
 
 
-class TestLowRank(MethodConformance):
+class OnLlama(MethodConformance):
+    def make_model(self):
+        return tiny.MAKERS["llama"]()
+
+
+class TestLowRank(OnLlama):
     method = prefixkit.Method(name="low-rank", build=low_rank, options={"rank": 8, "prefix_dropout": 0.0})
 
 
-class TestPrefixTuning(MethodConformance):
+class TestPrefixTuning(OnLlama):
     method = installed().method("prefix-tuning")
 
 
-class TestPTuningV2(MethodConformance):
+class TestPTuningV2(OnLlama):
     method = installed().method("p-tuning-v2")
 
 
-class TestSharedKeysAndValues(MethodConformance):
+class TestSharedKeysAndValues(OnLlama):
     method = installed().method("p-tuning-v2")
     options = MappingProxyType({"share_key_value": True, "init": "random"})
 
@@ -274,16 +279,16 @@ class TestSharedKeysAndValues(MethodConformance):
         """Halfway: see above."""
 
 
-class TestGated(MethodConformance):
+class TestGated(OnLlama):
     method = installed().method("prefix-tuning")
     options = MappingProxyType({"gate": True})
 
 
-class TestPromptTuning(MethodConformance):
+class TestPromptTuning(OnLlama):
     method = installed().method("prompt-tuning")
 
 
-class TestPrefixMemory(MethodConformance):
+class TestPrefixMemory(OnLlama):
     method = installed().method("prefix-memory")
     num_virtual_tokens = 1
 
@@ -362,7 +367,7 @@ def test_the_kit_sees_a_wrong_method(encoder, test, tmp_path):
     def build(shape, options):
         return encoder(shape.num_virtual_tokens, shape.width, 4)
 
-    subject = type("Subject", (MethodConformance,), {})()
+    subject = type("Subject", (OnLlama,), {})()
     subject.method = prefixkit.Method(name="wrong", build=build, options={})
     arguments = {"tmp_path": tmp_path} if "saved" in test else {"default": torch.float16} if "float32" in test else {}
     with pytest.raises(AssertionError):
