@@ -116,10 +116,10 @@ def _check_method(attachment: Attachment) -> None:
     config, stacks = attachment.config, attachment.stacks
     if attachment.gives == EMBEDDINGS:
         check_reads(stacks)
-    if attachment.gives == MEMORY and (config.gate or config.num_virtual_tokens != 1):
+    if attachment.gives == MEMORY and (config.gate or config.infix or config.num_virtual_tokens != 1):
         raise ConfigError(
             f"method {config.method!r} has no virtual tokens and starts at the base model by itself; pass "
-            "num_virtual_tokens=1 and gate=False"
+            "num_virtual_tokens=1, gate=False and infix=False"
         )
     if config.infix:
         check_infix(config, stacks, attachment.engine.name)
@@ -219,6 +219,7 @@ def _select(model: PreTrainedModel, stacks: list[Stack], config: PrefixConfig) -
     every = [site for stack in stacks for site in stack.sites]
     _check_asked("stacks", config.stacks, {site.stack for site in every}, model)
     _check_asked("layers", config.layers, {site.layer for site in every}, model)
+    _check_asked("layer_tokens", dict(config.layer_tokens) or None, {site.layer for site in every}, model)
     chosen = tuple(_chosen(model, stack, config) for stack in stacks)
     if not any(stack.sites for stack in chosen):
         raise ConfigError(

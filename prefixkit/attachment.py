@@ -134,6 +134,16 @@ class Attachment:
         assert module is not None, "embeddings are read by a stack"
         return read_embeddings(module, self, gathered)
 
+    def pieces(self, flat: torch.Tensor) -> dict[str, KeyValue]:
+        """K and V by the site's place; of a layer with fewer virtual tokens the last ones."""
+        lengths = dict(self.config.layer_tokens)
+        every = {site.place: piece for site, piece in zip(self.layout.sites, self.layout.split(flat), strict=True)}
+        for site in self.layout.sites:
+            if site.layer in lengths:
+                first = self.config.num_virtual_tokens - lengths[site.layer]
+                every[site.place] = KeyValue(*(part[:, first:] for part in every[site.place]))
+        return every
+
     def addition(self, flat: torch.Tensor) -> Addition | None:
         """What sites add to their attention's output; ``None`` where K and V stand in front.
 
@@ -148,8 +158,7 @@ class Attachment:
         gate = self.encoder.get_parameter(GATE)
         if placement.is_sharded(gate) and torch.is_grad_enabled():
             raise EngineError(SHARDED)
-        pieces = dict(zip((site.place for site in self.layout.sites), self.layout.split(flat), strict=True))
-        return GatedPrefix(pieces, split_gate(placement.whole(gate), self.layout), dropout)
+        return GatedPrefix(self.pieces(flat), split_gate(placement.whole(gate), self.layout), dropout)
 
     def offset(self, stack: Stack) -> int:
         """How far the prefix moves the positions of ``stack``: P, or 0."""

@@ -184,9 +184,9 @@ class AttentionEngine:
         config = attachment.config
         moved = None if real is None else real + config.num_virtual_tokens
         here = {site.place for site in stack.sites}
-        pieces = () if attachment.adds else zip(attachment.layout.sites, attachment.layout.split(flat), strict=True)
+        pieces = {} if attachment.adds else attachment.pieces(flat)
         state = PrefixState(
-            pieces={site.place: piece for site, piece in pieces if site.place in here},
+            pieces={place: piece for place, piece in pieces.items() if place in here},
             num_virtual_tokens=config.num_virtual_tokens,
             query_positions=moved,
             slide=config.window == "slide",
@@ -275,16 +275,15 @@ def _wider_mask(
     mask: Any, query: torch.Tensor, key: torch.Tensor, *, causal: bool, site: Site, state: PrefixState
 ) -> Any:
     """The mask with the prefix's columns; where the model gave none, ``None`` still if nothing is hidden."""
-    seen = state.seen(site)
     if causal:
         mask = state.causal_mask(query.shape[2], key.shape[2], query.device)
-    elif mask is None and seen is not None:
+    elif mask is None and state.seen(site) is not None:
         mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
-    return None if mask is None else state.widened(mask, seen, site.window, len(query))
+    return None if mask is None else state.widened(mask, site, len(query))
 
 
 def _wider_bias(bias: torch.Tensor, site: Site, state: PrefixState, batch: int) -> torch.Tensor:
-    return widen_bias(bias, None if site.stack == "cross" else state.bias, state.num_virtual_tokens, batch)
+    return widen_bias(bias, state.bias_of(site), state.tokens(site), batch)
 
 
 def _sdpa_would_be_causal(name: str, module: nn.Module, queries: int, kwargs: dict[str, Any]) -> bool:

@@ -134,8 +134,11 @@ def check_cacheable(attachment: Attachment) -> None:
             "the native cache of this model does not keep what its attention is given, one layer for each site (it "
             f"keeps latents, shares layers, or has layers of another kind), so it holds no prefix; {USE_ATTENTION}"
         )
-    if attachment.config.layers is not None:
-        raise EngineError("a native cache needs a prefix in every layer; apply the prefix without layers=")
+    if attachment.config.layers is not None or attachment.config.layer_tokens:
+        raise EngineError(
+            "a native cache needs a prefix in every layer, of one length; apply the prefix without layers= and "
+            "layer_tokens="
+        )
 
 
 def _check_policies(attachment: Attachment) -> None:

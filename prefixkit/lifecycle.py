@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -42,6 +42,7 @@ def apply(
     init: Init = "auto",
     stacks: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
+    layer_tokens: Mapping[int, int] | None = None,
     head: str | bool | Sequence[str] = "auto",
     gate: bool = False,
     infix: bool = False,
@@ -79,6 +80,8 @@ def apply(
             or the flat prefix itself, ``(P, width)``. A method with an MLP is fitted to it.
         stacks: Which of ``"encoder"``, ``"decoder"``, ``"cross"`` carry the prefix; all by default.
         layers: Which layers carry it, from 0; all by default.
+        layer_tokens: By layer, how many virtual tokens it has, where that is fewer than ``num_virtual_tokens``:
+            the last ones.
         head: ``"auto"``: a task class's new head trains and is saved with the prefix; ``False``:
             it stays frozen; a list of module names: those train.
         gate: Whether the prefix has a softmax of its own and a gate that starts shut, so that training starts at
@@ -115,6 +118,7 @@ def apply(
         window=window,
         stacks=_listed("stacks", stacks, "names"),
         layers=_listed("layers", layers, "layer numbers"),
+        layer_tokens=tuple(layer_tokens.items()) if layer_tokens else (),
         engine=engine,
         gate=gate,
         infix=infix,

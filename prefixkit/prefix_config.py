@@ -32,6 +32,7 @@ class PrefixConfig:
         model_type: The base's ``config.model_type``.
         base_model_name_or_path: Where the base came from, for people to read.
         sites: Where it stands.
+        layer_tokens: Layers with fewer virtual tokens, and how many: the last ones.
         head: Modules of the base that train, and are saved, with it.
         gate: Whether it has a softmax of its own and a gate, which was shut at the start.
         infix: Whether it stands between a text and its continuation.
@@ -46,6 +47,7 @@ class PrefixConfig:
     window: str = "pinned"
     stacks: tuple[str, ...] | None = None
     layers: tuple[int, ...] | None = None
+    layer_tokens: tuple[tuple[int, int], ...] = ()
     engine: str = "auto"
     folded: bool = False
     model_type: str
@@ -68,14 +70,7 @@ class PrefixConfig:
             _of_kind(field, getattr(self, field), kind)
         _all_of_kind("layers", self.layers or (), int)
         _all_of_kind("head", self.head, str)
-        tokens = self.num_virtual_tokens
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-            raise ConfigError(f"num_virtual_tokens is {tokens!r}; it must be a whole number of 1 or more")
-        frozen = self.num_frozen_tokens
-        if type(frozen) is not int or not 0 <= frozen < tokens:
-            raise ConfigError(
-                f"num_frozen_tokens is {frozen!r}; of {tokens} virtual tokens 0 to {tokens - 1} can be frozen"
-            )
+        _check_lengths(self.num_virtual_tokens, self.num_frozen_tokens, self.layer_tokens)
         _one_of("positions", self.positions, POSITIONS)
         _one_of("window", self.window, WINDOWS)
         _one_of("engine", self.engine, ENGINES)
@@ -118,11 +113,27 @@ class PrefixConfig:
                     "sites": sites,
                     "stacks": _tuple(data.get("stacks")),
                     "layers": _tuple(data.get("layers")),
+                    "layer_tokens": tuple(map(tuple, data.get("layer_tokens", ()))),
                     "head": tuple(data.get("head", ())),
                 }
             )
         except (TypeError, KeyError, AttributeError, PluginError) as error:
             raise ConfigError(f"a field is missing or has a value of the wrong kind: {error}") from error
+
+
+def _check_lengths(tokens: object, frozen: object, layer_tokens: tuple[Any, ...]) -> None:
+    if type(tokens) is not int or tokens < 1:
+        raise ConfigError(f"num_virtual_tokens is {tokens!r}; it must be a whole number of 1 or more")
+    if type(frozen) is not int or not 0 <= frozen < tokens:
+        raise ConfigError(
+            f"num_frozen_tokens is {frozen!r}; of {tokens} virtual tokens 0 to {tokens - 1} can be frozen"
+        )
+    for pair in layer_tokens:
+        if not isinstance(pair, tuple) or [type(part) for part in pair] != [int, int] or not 1 <= pair[1] <= tokens:
+            raise ConfigError(
+                f"layer_tokens has {pair!r}; it must say of layers, by number, how many of the {tokens} virtual "
+                "tokens they have, 1 or more (layers= leaves layers out)"
+            )
 
 
 def _tuple(values: Iterable[Any] | None) -> tuple[Any, ...] | None:

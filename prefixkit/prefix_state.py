@@ -78,7 +78,7 @@ class PrefixState:
     behind: torch.Tensor | None = None
     read: dict[str, KeyValue] | None = None
     _causal: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-    _block_masks: list[tuple[Any, int | None, Any]] = field(default_factory=list)
+    _block_masks: list[tuple[Any, tuple[int | None, int], Any]] = field(default_factory=list)
 
     def causal_mask(self, queries: int, keys: int, device: torch.device) -> torch.Tensor:
         """``(1, 1, queries, keys)``, true where key ``k`` is at most ``q``; made once per call."""
@@ -87,16 +87,28 @@ class PrefixState:
             self._causal[queries, keys] = full.tril()
         return self._causal[queries, keys].to(device)
 
-    def widened(self, mask: Any, seen: torch.Tensor | None, window: int | None, batch: int) -> Any:
-        """``mask`` with the prefix's columns in front; a block mask is widened once per call and window."""
+    def tokens(self, site: Site) -> int:
+        """How many virtual tokens ``site`` has: the last ones of the prefix."""
+        return self.pieces[site.place].key.shape[1]
+
+    def widened(self, mask: Any, site: Site, batch: int) -> Any:
+        """``mask`` with the prefix's columns in front; a block mask is widened once for sites that are alike."""
+        tokens = self.tokens(site)
         if isinstance(mask, torch.Tensor):
-            return widen_mask(mask, seen, self.num_virtual_tokens)
-        for real, of_window, wider in self._block_masks:
-            if real is mask and of_window == window:
+            return widen_mask(mask, self.seen(site), tokens)
+        kind = (site.window, tokens)
+        for real, of_kind, wider in self._block_masks:
+            if real is mask and of_kind == kind:
                 return wider
-        wider = widen_block_mask(mask, seen, self.num_virtual_tokens, batch)
-        self._block_masks.append((mask, window, wider))
+        wider = widen_block_mask(mask, self.seen(site), tokens, batch)
+        self._block_masks.append((mask, kind, wider))
         return wider
+
+    def bias_of(self, site: Site) -> torch.Tensor | None:
+        """The bias of the columns of ``site``; ``None`` stands for zeros."""
+        if self.bias is None or site.stack == "cross":
+            return None
+        return self.bias[..., self.num_virtual_tokens - self.tokens(site) :]
 
     def note(self, site: Site, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep what the base made of a text, ``(batch, kv_heads, keys, dim)``."""
@@ -107,10 +119,11 @@ class PrefixState:
     def seen(self, site: Site) -> torch.Tensor | None:
         """Which queries see which virtual tokens, ``(batch or 1, 1, queries, P)``; ``None``: all do."""
         if self.behind is not None:
-            return self.behind[:, None, :, None].expand(-1, -1, -1, self.num_virtual_tokens)
+            return self.behind[:, None, :, None].expand(-1, -1, -1, self.tokens(site))
         if not self.slide or site.window is None or self.query_positions is None:
             return None
-        columns = torch.arange(self.num_virtual_tokens, device=self.query_positions.device)
+        first = self.num_virtual_tokens - self.tokens(site)
+        columns = torch.arange(first, self.num_virtual_tokens, device=self.query_positions.device)
         return (self.query_positions[:, None, :, None] - columns) < site.window
 
 
@@ -293,10 +306,11 @@ def in_front(
     seen = state.seen(site)
     if seen is not None and (mask is None or state.bias is not None):
         raise EngineError("a prefix that only some queries see (window='slide', infix=True) is not served here")
-    if mask is not None and state.bias is not None and site.stack != "cross":
-        mask = widen_bias(mask, state.bias, state.num_virtual_tokens, len(key))
+    bias = state.bias_of(site)
+    if mask is not None and bias is not None:
+        mask = widen_bias(mask, bias, state.tokens(site), len(key))
     elif mask is not None:
-        mask = state.widened(mask, seen, site.window, len(key))
+        mask = state.widened(mask, site, len(key))
     key, value = put_before(module, site, state, key, value)
     return key, value, mask
 

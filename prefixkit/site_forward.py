@@ -115,7 +115,7 @@ def mask_in_front(module: nn.Module, mask: torch.Tensor | None) -> torch.Tensor 
     if found is None or mask is None or found[1].read is not None:
         return mask
     site, state = found
-    wide: torch.Tensor = state.widened(mask, state.seen(site), site.window, len(mask))
+    wide: torch.Tensor = state.widened(mask, site, len(mask))
     return wide
 
 
@@ -146,11 +146,13 @@ def alibi_in_front(module: nn.Module, alibi: torch.Tensor, slopes: torch.Tensor)
     found = find_state(module, {}, looks=True)
     if found is None or found[1].read is not None:
         return alibi
-    _, state = found
-    tokens, places = state.num_virtual_tokens, state.query_positions
+    site, state = found
+    tokens, length, places = state.tokens(site), state.num_virtual_tokens, state.query_positions
     assert places is not None, "a stack with a linear bias has positions=RelativeBias(...)"
     # At no distance from any token: as if each virtual token stood where the query stands.
-    places = torch.arange(tokens)[None, None] - tokens if state.shifts else (places - tokens)[..., None]
+    places = (
+        torch.arange(tokens)[None, None] - tokens if state.shifts else (places - state.num_virtual_tokens)[..., None]
+    )
     front = slopes[:, None, None].to(alibi.device) * places[:, None].to(alibi.device)
     batch, heads, queries = (max(one, other) for one, other in zip(front.shape[:3], alibi.shape[:3], strict=True))
     parts = (front.to(alibi.dtype).expand(batch, heads, queries, tokens), alibi.expand(batch, heads, queries, -1))

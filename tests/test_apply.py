@@ -71,7 +71,8 @@ CASES = [
     (
         {"engine": "cache", "layers": [0]},
         EngineError,
-        "a native cache needs a prefix in every layer; apply the prefix without layers=",
+        "a native cache needs a prefix in every layer, of one length; apply the prefix without layers= and "
+        "layer_tokens=",
     ),
 ]
 

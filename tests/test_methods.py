@@ -210,7 +210,7 @@ def test_a_shared_start_is_halfway():
             r"^init is \(4, 32\) .*; the embeddings are \(5, 32\)",
         ),
         ("llama", {**MEMORY, "num_virtual_tokens": 3}, ConfigError, "^method 'prefix-memory' has no virtual tokens"),
-        ("llama", {**MEMORY, "gate": True}, ConfigError, "pass num_virtual_tokens=1 and gate=False$"),
+        ("llama", {**MEMORY, "gate": True}, ConfigError, "pass num_virtual_tokens=1, gate=False"),
         ("llama", {**MEMORY, "engine": "cache"}, EngineError, "holds keys and values only, no gate and no memory"),
         ("llama", {**MEMORY, "init": "tokens"}, ConfigError, "^a memory starts empty, at the base model"),
         ("llama", {**MEMORY, "prefix_projection": True}, MethodError, "has no option 'prefix_projection'"),
