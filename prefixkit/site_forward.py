@@ -147,7 +147,7 @@ def alibi_in_front(module: nn.Module, alibi: torch.Tensor, slopes: torch.Tensor)
     if found is None or found[1].read is not None:
         return alibi
     site, state = found
-    tokens, length, places = state.tokens(site), state.num_virtual_tokens, state.query_positions
+    tokens, places = state.tokens(site), state.query_positions
     assert places is not None, "a stack with a linear bias has positions=RelativeBias(...)"
     # At no distance from any token: as if each virtual token stood where the query stands.
     places = (
