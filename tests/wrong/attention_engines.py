@@ -263,7 +263,7 @@ class TestWindowOfUnmovedPositions(Gemma2):
 def moved_by(monkeypatch, amount):
     """Have the engine move positions by ``amount(offset, call)``."""
 
-    def place_positions(module, stack, arguments, call, offset):
+    def place_positions(module, stack, arguments, call, offset, **_):
         return positions_module.place_positions(module, stack, arguments, call, amount(offset, call))
 
     monkeypatch.setattr(attention_engine, "place_positions", place_positions)
@@ -353,7 +353,7 @@ class TestPackedPositionsLost(Llama):
     caught_by = (PACKED,)
 
     def plant(self, monkeypatch):
-        def place_positions(module, stack, arguments, call, offset):
+        def place_positions(module, stack, arguments, call, offset, **_):
             arguments.pop("position_ids", None)
             return positions_module.place_positions(module, stack, arguments, call, offset)
 
@@ -602,7 +602,7 @@ class TestGradientOfTheFirstBatch(GPT2):
     caught_by = ("test_accumulated_gradients",)
 
     def plant(self, monkeypatch):
-        def flat(self):
+        def flat(self, module=None):
             found = original(self)
             again = any(value.grad is not None for value in self.encoder.parameters())
             return found / 2 + found.detach() / 2 if again else found
@@ -793,7 +793,7 @@ class TestPrefixAsItWasAtFirst(Llama):
     caught_by = ("test_generation_goes_on_after_the_prefix_changed", "test_copy_is_whole_and_apart")
 
     def plant(self, monkeypatch):
-        def flat(self):
+        def flat(self, module=None):
             if "kept" not in self.__dict__:
                 self.kept = original(self).detach().clone()
             return original(self) * 0 + self.kept

@@ -265,4 +265,4 @@ class TestOffloadedPrefixNotRefused(Llama):
     fails_with = (NotImplementedError, RuntimeError)
 
     def plant(self, monkeypatch):
-        monkeypatch.setattr(attachment.Attachment, "flat", lambda self: self.encoder())
+        monkeypatch.setattr(attachment.Attachment, "flat", lambda self, module=None: self.encoder())
