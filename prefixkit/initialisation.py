@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from prefixkit import placement
 from prefixkit.errors import ConfigError, EngineError, closest
 from prefixkit.frozen import keep_frozen
+from prefixkit.head import input_embeddings
 from prefixkit.method import EMBEDDINGS, MEMORY
 from prefixkit.reading import join, of_cache, read
 
@@ -242,8 +243,8 @@ def _read(model: PreTrainedModel, attachment: Attachment, ids: torch.Tensor, tar
 def random_ids(model: PreTrainedModel, tokens: int) -> torch.Tensor:
     """Token ids ``(tokens,)`` of ordinary tokens, from torch's random numbers."""
     config = model.config.get_text_config()
-    rows = [getattr(part, "num_embeddings", None) for part in (model.get_input_embeddings(),)]
-    sizes = [size for size in (getattr(config, "vocab_size", None), *rows) if isinstance(size, int)]
+    rows = getattr(input_embeddings(model), "num_embeddings", None)
+    sizes = [size for size in (getattr(config, "vocab_size", None), rows) if isinstance(size, int)]
     special = {value for name, value in config.to_dict().items() if name.endswith(("token_id", "token_index"))}
     if not sizes:
         raise ConfigError(f"this {type(model).__name__} reads no tokens; pass init='random', or a flat prefix")

@@ -14,7 +14,7 @@ from prefixkit import transformers_internals as internals
 from prefixkit.adapter import Stack
 from prefixkit.as_it_was import as_it_was
 from prefixkit.attention_engine import AttentionEngine, UnreachableAttentionError
-from prefixkit.errors import ConfigError
+from prefixkit.errors import ConfigError, PrefixkitError
 from prefixkit.layout import KeyValue
 from prefixkit.prefix_state import PrefixState, take_away
 
@@ -43,7 +43,9 @@ def read(model: PreTrainedModel, attachment: Attachment, inputs: Mapping[str, An
     try:
         with internals.uncompiled_attention(model):
             flat = join(attachment, reads(model, attachment, inputs))
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+    except PrefixkitError:
+        raise
+    except Exception as error:
         raise ConfigError(
             f"this {type(model).__name__} does not run with {', '.join(inputs)} to start its prefix from: "
             f"{type(error).__name__}: {error}; start from a flat prefix or a cache, or pass init='random'"

@@ -238,6 +238,13 @@ def test_a_model_that_reads_no_text_starts_small():
     assert_same(before, state(model))
 
 
+@since("5.0", "it is not on the interface")
+def test_a_model_that_reads_text_and_images_starts_small():
+    """It has no token embeddings to its name, and no forward on tokens alone."""
+    model = prefixkit.apply(build("vision", "clip").model, num_virtual_tokens=TOKENS)
+    assert flat_of(model).std() < 0.05
+
+
 def test_a_model_without_weights_starts_small():
     model = prefixkit.apply(tiny.make("llama").to("meta"), num_virtual_tokens=TOKENS)
     assert model.prefixkit.default.embedding.weight.std() < 0.05
