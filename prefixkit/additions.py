@@ -60,10 +60,14 @@ class GatedPrefix:
         dropped = (functional.dropout(part, self.dropout, training) for part in self.pieces[site.place])
         key, value, gate = (_for_each(query, part) for part in (*dropped, self.gates[site.place]))
         scaling = options.get("scaling")
-        scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        exact = torch.promote_types(
+            query.dtype, torch.float32
+        )  # a half-precision product may overflow before it is scaled
+        scores = query.to(exact) @ key.to(exact).mT * scaling
         if options.get("softcap") is not None:
             scores = (scores / options["softcap"]).tanh() * options["softcap"]
-        weights = scores.softmax(-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+        weights = scores.softmax(-1).to(query.dtype)
         found: torch.Tensor = weights @ value * gate[:, None, None]
         return found
 

@@ -219,8 +219,9 @@ def _select(model: PreTrainedModel, stacks: list[Stack], config: PrefixConfig) -
     every = [site for stack in stacks for site in stack.sites]
     _check_asked("stacks", config.stacks, {site.stack for site in every}, model)
     _check_asked("layers", config.layers, {site.layer for site in every}, model)
-    _check_asked("layer_tokens", dict(config.layer_tokens) or None, {site.layer for site in every}, model)
     chosen = tuple(_chosen(model, stack, config) for stack in stacks)
+    layers = {site.layer for stack in chosen for site in stack.sites}
+    _check_asked("layer_tokens", dict(config.layer_tokens) or None, layers, model)
     if not any(stack.sites for stack in chosen):
         raise ConfigError(
             f"stacks={config.stacks} and layers={config.layers} leave no attention of {type(model).__name__}"

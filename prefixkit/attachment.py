@@ -7,6 +7,7 @@ model, so copying or pickling the model takes it along, whole.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from torch.nn import functional
 from prefixkit import placement, transformers_internals as internals
 from prefixkit.adapter import PositionTable, Stack, join_path
 from prefixkit.additions import GATE, Addition, GatedPrefix, PrefixMemory, split_gate, split_memory
+from prefixkit.as_it_was import as_it_was
 from prefixkit.attention_engine import AttentionEngine, stand_before_attention
 from prefixkit.beside_peft import peft_parameters
 from prefixkit.cache_engine import CacheEngine
@@ -106,7 +108,11 @@ class Attachment:
 
     def flat_of(self, model: nn.Module) -> torch.Tensor:
         """:meth:`flat`, outside of a call."""
-        return self.flat(model.get_submodule(next(stack.path for stack in self.stacks if stack.sites)))
+        module = model.get_submodule(next(stack.path for stack in self.stacks if stack.sites))
+        if self.gives != EMBEDDINGS:
+            return self.flat(module)
+        with as_it_was(module):  # without the base's dropout
+            return self.flat(module)
 
     def flat(self, module: nn.Module | None = None) -> torch.Tensor:
         """The flat prefix ``(P, width)``, or the memories, from the parameters as they are now.
@@ -178,7 +184,7 @@ class Attachment:
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """What a checkpoint holds: the encoder's parameters, and the tuned head's under ``head.``."""
         # While disabled, the model has its old head and the tuned one is kept aside.
-        head = head_parameters(model, self.config.head) if self.enabled else self.base_head
+        head: Mapping[str, torch.Tensor] = own_head(model, self) if self.enabled else self.base_head
         return {**self.encoder.state_dict(), **{f"head.{name}": value.detach() for name, value in head.items()}}
 
     def whole_tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
@@ -345,7 +351,7 @@ def uninstall(model: PreTrainedModel, attachment: Attachment) -> None:
     """Give back the very base. Safe on a half-installed attachment."""
     while attachment.handles:
         attachment.handles.pop().remove()
-    if attachment.base_head:
+    if attachment.base_head.keys() == head_parameters(model, attachment.config.head).keys():
         swap_head(model, attachment)
     attachment.engine.detach(model, attachment)
     model._modules.pop(MODULE, None)
@@ -356,12 +362,29 @@ def uninstall(model: PreTrainedModel, attachment: Attachment) -> None:
     model.__dict__.pop(KEY, None)
 
 
+def own_head(model: nn.Module, attachment: Attachment) -> dict[str, nn.Parameter]:
+    """The parameters of the head that trains with the prefix, by name.
+
+    Raises:
+        AttachmentError: If something has put others in their place since.
+    """
+    head = head_parameters(model, attachment.config.head)
+    if head.keys() != attachment.base_head.keys():
+        changed = ", ".join(sorted(head.keys() ^ attachment.base_head.keys()))
+        raise AttachmentError(
+            f"the head is not what it was when the prefix was applied ({changed}); if PEFT wraps it, let it do so "
+            "first, or apply the prefix with head=False"
+        )
+    return head
+
+
 def swap_head(model: nn.Module, attachment: Attachment) -> None:
     """Exchange the head's values with the base's; calling it again puts them back.
 
     By ``.data``, so that a graph built before still finds its weights after the second call.
     """
-    for name, value in head_parameters(model, attachment.config.head).items():
+    head = own_head(model, attachment)
+    for name, value in head.items():
         value.data, attachment.base_head[name] = attachment.base_head[name].to(value), value.data
 
 
@@ -369,7 +392,7 @@ def _add_hooks(model: PreTrainedModel, attachment: Attachment) -> None:
     handles = attachment.handles
     handed = internals.takes_any_keyword(model) and all(stack.hands_down for stack in attachment.stacks)
     if attachment.config.infix:
-        labels = BeforeLabels(tuple(signature(model.forward).parameters))
+        labels = BeforeLabels(attachment.identity, tuple(signature(model.forward).parameters))
         handles.append(model.register_forward_pre_hook(labels, with_kwargs=True))
         handles.append(model.register_forward_hook(after_labels, always_call=True))
     if sum(bool(stack.sites) for stack in attachment.stacks) > 1 and handed:

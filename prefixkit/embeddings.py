@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from prefixkit import transformers_internals as internals
-from prefixkit.errors import MethodError
+from prefixkit.errors import EngineError, MethodError
 from prefixkit.method import EMBEDDINGS
 from prefixkit.prefix_state import PrefixState
 
@@ -56,8 +56,14 @@ def read_embeddings(module: nn.Module, attachment: Attachment, embeddings: torch
         embeddings: ``(P, embedding_size)``.
     """
     state = PrefixState(pieces={}, num_virtual_tokens=0, query_positions=None, slide=False, dropout=0.0, read={})
-    weight = next(weight for weight in module.parameters() if weight.is_floating_point())
-    arguments: dict[str, Any] = {"inputs_embeds": embeddings[None].to(weight.device, weight.dtype)}
+    weight = next((weight for weight in module.parameters() if weight.is_floating_point()), None)
+    if weight is None:
+        raise EngineError(
+            f"this {type(module).__name__} has no parameters of its own, as in a replica of nn.DataParallel, and "
+            "cannot read embeddings there; use DistributedDataParallel, or fold the prefix"
+        )
+    device = embeddings.device if weight.is_meta else weight.device
+    arguments: dict[str, Any] = {"inputs_embeds": embeddings[None].to(device, weight.dtype)}
     if internals.takes(module, "use_cache"):
         arguments["use_cache"] = False
     with _reads(attachment, state):

@@ -6,7 +6,7 @@ first of y is the token that predicts the first label: the last of the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import Signature, signature
@@ -31,22 +31,49 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Frame:
-    """Where y begins in each row of the call under way, ``(batch or 1,)``, and what held outside of it."""
+    """Where y begins in each row of a call, ``(batch or 1,)``.
 
+    Attributes:
+        identity: Of the attachment whose model is called.
+        starts: ``None`` if nothing says it.
+        outer: What held before the call.
+        generates: Whether the call is ``generate``, so that it holds for the forwards in it.
+    """
+
+    identity: str
     starts: torch.Tensor | None
     outer: Frame | None
+    generates: bool = False
 
 
 _starts: ContextVar[Frame | None] = ContextVar("prefixkit_starts", default=None)
 
 
-def queries_behind(call: StackCall) -> torch.Tensor:
+def _frame_of(identity: str, *, generates: bool) -> Frame | None:
+    frame = _starts.get()
+    while frame is not None and (frame.identity != identity or (generates and not frame.generates)):
+        frame = frame.outer
+    return frame
+
+
+def refuse_packed(arguments: Mapping[str, Any]) -> None:
+    """Raise for several texts in one row, which have several places for one infix.
+
+    Raises:
+        EngineError: If the positions begin anew where no mask says that they are padding.
+    """
+    places = arguments.get("position_ids")
+    if arguments.get("attention_mask") is None and places is not None and bool((places.diff(dim=-1) < 0).any()):
+        raise EngineError("infix=True takes one text in a row; these position_ids begin anew, as in packed rows")
+
+
+def queries_behind(call: StackCall, identity: str) -> torch.Tensor:
     """Which queries of a stack's call stand behind the prefix, ``(batch or 1, queries)``.
 
     Raises:
         EngineError: If nothing says where y begins.
     """
-    frame = _starts.get()
+    frame = _frame_of(identity, generates=False)
     if frame is None or frame.starts is None:
         raise EngineError(
             "infix=True puts the prefix between a text and its continuation, and nothing says where that begins: "
@@ -72,6 +99,11 @@ def check_infix(config: PrefixConfig, stacks: Iterable[Stack], engine: str) -> N
             f"infix=True is for models that are a decoder and nothing else, without a bias of positions; this one has "
             f"{', '.join(kinds)} attention"
         )
+    for stack in carrying:
+        if stack.site_forward is not None:
+            raise EngineError(
+                f"the attention of {stack.path!r} is not on transformers' attention interface; infix=True is not served"
+            )
     if config.gate or config.window == "slide":
         raise ConfigError("infix=True goes with neither gate=True nor window='slide'")
 
@@ -79,18 +111,21 @@ def check_infix(config: PrefixConfig, stacks: Iterable[Stack], engine: str) -> N
 class BeforeLabels:
     """Forward pre-hook of the model: the first label says where y begins."""
 
-    def __init__(self, names: tuple[str, ...]) -> None:
+    def __init__(self, identity: str, names: tuple[str, ...]) -> None:
+        self.identity = identity
         self.names = names
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note it for this call, or what :class:`GenerateBehind` said still holds."""
         labels = {**dict(zip(self.names, args, strict=False)), **kwargs}.get("labels")
-        outer = _starts.get()
-        starts = outer.starts if outer else None
+        generating = _frame_of(self.identity, generates=True)
+        starts = generating.starts if generating else None
+        if labels is not None and labels.ndim != 2:
+            raise EngineError(f"infix=True needs a label for each token; these are {tuple(labels.shape)}")
         if labels is not None:
             known = labels != IGNORED
             starts = torch.where(known.any(dim=1), known.int().argmax(dim=1) - 1, labels.shape[1]).clamp(min=0)
-        _starts.set(Frame(starts, outer))
+        _starts.set(Frame(self.identity, starts, _starts.get()))
 
 
 def after_labels(*_: Any) -> None:
@@ -102,8 +137,10 @@ def after_labels(*_: Any) -> None:
 class GenerateBehind:
     """Stands in for ``model.generate``: y begins with the last token of the prompt."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, identity: str) -> None:
         self.model = model
+        self.identity = identity
+        self.own: Callable[..., Any] | None = model.__dict__.get("generate")
 
     @property
     def __signature__(self) -> Signature:
@@ -111,15 +148,21 @@ class GenerateBehind:
 
     def _original(self) -> Callable[..., Any]:
         method: Callable[..., Any] = type(self.model).generate.__get__(self.model)  # type: ignore[attr-defined]
-        return method
+        return self.own or method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the method of the class."""
-        given = [*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))]
+        if kwargs.get("past_key_values") is not None and kwargs["past_key_values"].get_seq_length():
+            raise EngineError(
+                "with infix=True a cache that holds a text cannot start generate(): its tokens stand before and behind "
+                "an earlier infix; pass the whole text without a cache"
+            )
+        given = [*(kwargs.get(name) for name in ("inputs_embeds", "inputs", "input_ids")), *args[:1]]
         prompt = next((value for value in given if value is not None), None)
         if prompt is None:
             raise EngineError("generate() with infix=True needs a prompt: its last token stands behind the prefix")
-        token = _starts.set(Frame(torch.tensor([prompt.shape[1] - 1]), _starts.get()))
+        starts = torch.tensor([prompt.shape[1] - 1])
+        token = _starts.set(Frame(self.identity, starts, _starts.get(), generates=True))
         try:
             return self._original()(*args, **kwargs)
         finally:

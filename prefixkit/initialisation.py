@@ -231,13 +231,20 @@ def _of_ids(model: PreTrainedModel, attachment: Attachment, ids: torch.Tensor) -
 def _read(model: PreTrainedModel, attachment: Attachment, ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     device = placement.real_device(model)
     if attachment.gives == EMBEDDINGS:
-        with torch.no_grad():
-            embeddings: torch.Tensor = model.get_input_embeddings()(ids.to(device))
-        return embeddings.to(_device(attachment), torch.float32)
+        return _embedded(model, ids.to(device)).to(_device(attachment), torch.float32)
     inputs: dict[str, Any] = {"input_ids": ids[None].to(device)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = target[None].to(device)
     return read(model, attachment, inputs, len(ids))
+
+
+def _embedded(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    try:
+        with torch.no_grad():
+            embeddings: torch.Tensor = model.get_input_embeddings()(ids)
+    except (IndexError, RuntimeError) as error:
+        raise ConfigError(f"these token ids are not among this {type(model).__name__}'s: {error}") from error
+    return embeddings
 
 
 def random_ids(model: PreTrainedModel, tokens: int) -> torch.Tensor:
@@ -245,7 +252,8 @@ def random_ids(model: PreTrainedModel, tokens: int) -> torch.Tensor:
     config = model.config.get_text_config()
     rows = getattr(input_embeddings(model), "num_embeddings", None)
     sizes = [size for size in (getattr(config, "vocab_size", None), rows) if isinstance(size, int)]
-    special = {value for name, value in config.to_dict().items() if name.endswith(("token_id", "token_index"))}
+    named = [value for name, value in config.to_dict().items() if name.endswith(("token_id", "token_index"))]
+    special = {one for value in named for one in (value if isinstance(value, list) else [value])}
     if not sizes:
         raise ConfigError(f"this {type(model).__name__} reads no tokens; pass init='random', or a flat prefix")
     ordinary = torch.tensor([token for token in range(min(sizes)) if token not in special])
@@ -270,7 +278,7 @@ def _row(ids: Ids, name: str, tokens: int) -> torch.Tensor:
         raise ConfigError(f"{name} is {tuple(row.shape)} of {row.dtype}; pass token ids, (tokens,) or (1, tokens)")
     if len(row) < tokens:
         raise ConfigError(f"{name} has {len(row)} tokens, and the prefix needs {tokens}; pass more, or a shorter one")
-    return row
+    return row.long()
 
 
 def _device(attachment: Attachment) -> torch.device:

@@ -151,7 +151,7 @@ def start_answering(model: PreTrainedModel) -> None:
     if isinstance(attachment.engine, CacheEngine) and model.can_generate():
         answers["generate"] = Generate(model)
     if attachment.config.infix and model.can_generate():
-        answers["generate"] = GenerateBehind(model)
+        answers["generate"] = GenerateBehind(model, attachment.identity)
     for name, answer in answers.items():
         if name in model.__dict__:
             attachment.displaced[name] = model.__dict__[name]

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from prefixkit.adapter import Adapter, Site
 from prefixkit.additions import GATE
 from prefixkit.assembly import build, check_model, stacks_of
-from prefixkit.attachment import MODULE, Attachment, find, install, require, swap_head, uninstall
+from prefixkit.attachment import MODULE, Attachment, find, install, own_head, require, swap_head, uninstall
 from prefixkit.discovery import installed
 from prefixkit.errors import AttachmentError, ConfigError, EngineError
 from prefixkit.frozen import add_frozen
-from prefixkit.head import choose_head, head_parameters
+from prefixkit.head import choose_head
 from prefixkit.initialisation import Init, initialise
 from prefixkit.instance_calls import start_answering, stop_answering
 from prefixkit.layout import Layout
@@ -156,6 +156,7 @@ def remove(model: Model) -> Model:
     attachment = require(model)
     if not attachment.enabled:
         raise AttachmentError("remove the prefix outside of prefixkit.disabled")
+    own_head(model, attachment)
     stop_answering(model)
     uninstall(model, attachment)
     return model
@@ -175,7 +176,7 @@ def unfreeze(model: Model) -> Model:
     """
     attachment = require(model)
     attachment.encoder.requires_grad_(True)
-    for value in head_parameters(model, attachment.config.head).values():
+    for value in own_head(model, attachment).values():
         value.requires_grad_(True)
     return model
 
@@ -193,9 +194,9 @@ def disabled(model: Model) -> Iterator[Model]:
         AttachmentError: If the model has no prefix.
     """
     attachment = require(model)
-    attachment.disablers += 1
-    if attachment.disablers == 1:
+    if attachment.enabled:
         swap_head(model, attachment)
+    attachment.disablers += 1
     try:
         yield model
     finally:

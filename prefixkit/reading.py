@@ -86,6 +86,10 @@ def of_cache(cache: Cache, attachment: Attachment) -> dict[str, KeyValue]:
         part = {"decoder": own, "cross": cross}.get(site.stack)
         layer = part.layers[site.layer] if part is not None and site.layer < len(part.layers) else None
         key, value = (getattr(layer, name, None) for name in ("keys", "values"))
+        if isinstance(key, torch.Tensor) and (len(key) != 1 or getattr(layer, "is_compileable", False)):
+            raise ConfigError(
+                f"a prefix starts from a dynamic cache of one row; this one has {len(key)} in a {type(layer).__name__}"
+            )
         if not isinstance(key, torch.Tensor) or not isinstance(value, torch.Tensor):
             raise ConfigError(
                 f"the cache has no keys and values for {site.path!r} ({site.stack} attention); pass "

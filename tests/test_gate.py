@@ -166,3 +166,17 @@ def test_attention_off_the_interface_takes_none():
     gptj = test_prefixkit_legacy.TestGPTJ
     with pytest.raises(EngineError, match="not on transformers' attention interface.* gate=True is not served here"):
         prefixkit.apply(gptj().make_model(), adapter=gptj.adapter, **DOORS)
+
+
+def test_a_shut_gate_in_half_precision():
+    """Products of large queries and keys overflow before they are scaled."""
+    model = tiny.make("llama").half()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(120)
+            layer.self_attn.k_proj.weight.mul_(120)
+    ids = tiny.tokens(1, 6)
+    base = outputs(model.requires_grad_(False), {"input_ids": ids})
+    assert base.isfinite().all()
+    prefixkit.apply(model, **DOORS)
+    assert torch.equal(outputs(model, {"input_ids": ids}), base)

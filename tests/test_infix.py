@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import prefixkit_legacy
 import pytest
+import test_prefixkit_legacy
 import tiny
 import torch
 from test_checkpoint import assert_same, state
+from transformers import LlamaForSequenceClassification
 
 import prefixkit
 from prefixkit.errors import ConfigError, EngineError
@@ -157,3 +160,77 @@ def test_what_it_does_not_go_with(name, options, error, message):
 def test_an_infix_leaves_by_no_cache():
     with pytest.raises(EngineError, match="^a native cache cannot hide an infix"):
         prefixkit.to_cache(applied())
+
+
+def test_packed_texts_are_refused():
+    model = applied()
+    ids, labels = labelled(4, 4)
+    places = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    with pytest.raises(EngineError, match="takes one text in a row; these position_ids begin anew"):
+        model(ids, labels=labels, position_ids=places)
+
+
+def test_a_second_turn_on_a_cache_is_refused():
+    model = applied()
+    made = model.generate(tiny.tokens(1, 4), max_new_tokens=2, return_dict_in_generate=True)
+    with pytest.raises(EngineError, match="a cache that holds a text cannot start generate"):
+        model.generate(made.sequences, past_key_values=made.past_key_values, max_new_tokens=2)
+
+
+def test_embeddings_for_a_prompt():
+    model, ids = applied(), tiny.tokens(1, 5)
+    settings = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    embedded = model.get_input_embeddings()(ids)
+    expected = model.generate(ids, **settings).logits
+    for more in ({}, {"input_ids": ids[:, :0]}):
+        found = model.generate(inputs_embeds=embedded, **more, **settings).logits
+        torch.testing.assert_close(torch.stack(found), torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
+def test_nothing_is_left_of_a_call_that_was_stopped():
+    """Nor does one model's call say anything to another's."""
+    model, other = applied(), applied("gpt2")
+    ids, labels = labelled(4, 5)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    handle = model.model.layers[0].register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model(ids, labels=labels)
+    handle.remove()
+    for called in (model, other):
+        with pytest.raises(EngineError, match="nothing says where that begins"):
+            called(ids)
+    asked = []
+
+    def ask(*_):
+        with pytest.raises(EngineError, match="nothing says where that begins"):
+            other(ids)
+        asked.append(True)
+
+    model.model.register_forward_pre_hook(ask)
+    model(ids, labels=labels)
+    assert asked
+
+
+def test_an_own_generate_is_still_called():
+    model = tiny.make("llama")
+    model.generate = lambda *args, **options: "own"
+    prefixkit.apply(model, **INFIX)
+    assert model.generate(tiny.tokens(1, 4)) == "own"
+    assert prefixkit.remove(model).generate() == "own"
+
+
+def test_labels_of_another_task():
+    config = tiny.make("llama").config
+    model = prefixkit.apply(LlamaForSequenceClassification(config), **INFIX)
+    with pytest.raises(EngineError, match=r"^infix=True needs a label for each token; these are \(2,\)$"):
+        model(tiny.tokens(2, 5), labels=torch.tensor([0, 1]))
+
+
+@pytest.mark.skipif(not prefixkit_legacy.serves_attention(), reason="the cache engine alone serves it here")
+def test_off_the_interface_it_is_refused_at_once():
+    family = test_prefixkit_legacy.TestGPTJ
+    with pytest.raises(EngineError, match="not on transformers' attention interface; infix=True is not served"):
+        prefixkit.apply(family().make_model(), adapter=family.adapter, **INFIX)

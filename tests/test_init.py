@@ -23,7 +23,7 @@ from changed_adapters import with_site_forward
 from hypothesis import given, strategies as st
 from test_checkpoint import assert_same, state
 from torch import nn
-from transformers import DynamicCache, ViTConfig, ViTForImageClassification
+from transformers import DynamicCache, StaticCache, ViTConfig, ViTForImageClassification
 from versions import since
 
 import prefixkit
@@ -344,3 +344,20 @@ def test_what_cannot_be_started_from(init, message):
 def test_how_many_can_be_frozen(count):
     with pytest.raises(ConfigError, match="^num_frozen_tokens is .*; of 5 virtual tokens 0 to 4 can be frozen$"):
         prefixkit.apply(tiny.make("gpt2"), num_virtual_tokens=TOKENS, num_frozen_tokens=count)
+
+
+def test_several_tokens_that_end_a_text():
+    """As many configs have them."""
+    model = tiny.make("llama", eos_token_id=[2, 3])
+    prefixkit.apply(model, num_virtual_tokens=TOKENS)
+    assert not {2, 3} & set(prefixkit.initialisation.random_ids(model, 1000).tolist())
+
+
+def test_caches_of_other_kinds_are_refused():
+    model = tiny.make("llama")
+    static = StaticCache(config=model.config, max_cache_len=TOKENS)
+    with torch.no_grad():
+        model(tiny.tokens(1, 3), past_key_values=static)
+    for cache in (cache_of(model, tiny.tokens(2, TOKENS)), static):
+        with pytest.raises(ConfigError, match="^a prefix starts from a dynamic cache of one row"):
+            prefixkit.apply(model, num_virtual_tokens=TOKENS, init=cache)

@@ -7,7 +7,7 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
 import prefixkit
 
@@ -144,3 +144,16 @@ def test_a_trainer_resumes_both(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "half" / "checkpoint-2"))
     for name in trained(whole.model):
         torch.testing.assert_close(resumed.model.get_parameter(name), whole.model.get_parameter(name), msg=name)
+
+
+def test_a_head_that_is_wrapped_later_is_named():
+    """And nothing is half done."""
+    model = BertForSequenceClassification(tiny.MAKERS["bert"]().config).eval()
+    prefixkit.apply(model, num_virtual_tokens=4)
+    model.add_adapter(LoraConfig(target_modules=["query", "classifier"]))
+    ids = tiny.tokens(2, 6)
+    before = model(ids).logits
+    for act in (prefixkit.remove, prefixkit.unfreeze, lambda one: prefixkit.disabled(one).__enter__()):
+        with pytest.raises(prefixkit.AttachmentError, match="^the head is not what it was when the prefix was applied"):
+            act(model)
+    assert torch.equal(model(ids).logits, before)

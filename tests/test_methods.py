@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from types import MappingProxyType
 
 import pytest
 import tiny
 import torch
+from accelerate import cpu_offload
 from test_checkpoint import assert_same, state
 from torch import nn
 from torch.nn import functional
@@ -372,3 +374,34 @@ def test_the_kit_sees_a_wrong_method(encoder, test, tmp_path):
     arguments = {"tmp_path": tmp_path} if "saved" in test else {"default": torch.float16} if "float32" in test else {}
     with pytest.raises(AssertionError):
         getattr(subject, test)(**arguments)
+
+
+@pytest.mark.parametrize("way", ["fold", "to_cache"])
+def test_virtual_tokens_are_read_without_dropout(way):
+    """As right after training."""
+    dropouts = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+    model, ids = prefixkit.apply(tiny.make("gpt2", **dropouts), **ROWS), tiny.tokens(2, 6)
+    expected = outputs(model, ids)
+    model.train()
+    if way == "fold":
+        prefixkit.fold(model)
+        found = outputs(model.eval(), ids)
+    else:
+        cache = prefixkit.to_cache(model, batch_size=2)
+        assert model.transformer.training
+        found = outputs(prefixkit.remove(model).eval(), ids, past_key_values=cache)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_virtual_tokens_of_an_offloaded_model():
+    model, ids = tiny.make("gpt2"), tiny.tokens(2, 6)
+    rows = torch.randn(TOKENS, 32)
+    expected = outputs(prefixkit.apply(copy.deepcopy(model), init=rows, **ROWS), ids)
+    prefixkit.apply(cpu_offload(model, execution_device=torch.device("cpu")), init=rows, **ROWS)
+    torch.testing.assert_close(outputs(model, ids), expected)
+
+
+@pytest.mark.parametrize("ids", [[5, 9999, 3, 3, 3], [5, -1, 3, 3, 3]])
+def test_words_that_are_none(ids):
+    with pytest.raises(ConfigError, match="^these token ids are not among this"):
+        prefixkit.apply(tiny.make("gpt2"), init=prefixkit.TextInit(ids), **ROWS)
