@@ -52,7 +52,7 @@ class Method:
             applied by the engines: the share of the prefix's numbers dropped in training.
         gives: ``"prefix"``: the encoder gives the flat prefix. ``"embeddings"``: input embeddings
             ``(num_virtual_tokens, embedding_size)``, which the base reads in every call; for decoders only.
-            ``"memory"``: ``(1, memory_size)``, see :class:`prefixkit.additions.PrefixMemory`.
+            ``"memory"``: ``(1, memory_size)``, a matrix for each head of keys, which queries are looked up in.
         learning_rate: Given the options, the peak learning rate to recommend; ``None``: no idea.
     """
 

@@ -48,9 +48,10 @@ def table(study: str) -> str:
         entries = rates[rate]
         score, spread = mean_and_spread(entries)
         loss, _ = mean_and_spread(entries, "test_loss")
+        shown = f"{score:.1f} ± {spread:.1f}" if len(entries) > 1 else f"{score:.1f}"
         tried = ", ".join(f"{one:g}" for one in rates)
         lines.append(
-            f"| {arm} | {entries[0]['trained_numbers']:,} | {rate:g} ({tried}) | {score:.1f} ± {spread:.1f} "
+            f"| {arm} | {entries[0]['trained_numbers']:,} | {rate:g} ({tried}) | {shown} "
             f"| {loss:.3f} | {len(entries)} |"
         )
     return "\n".join(lines)
