@@ -79,14 +79,6 @@ def build(
                 "model object that shares it; call prefixkit.remove on that one first"
             )
     layout = Layout(site for stack in stacks for site in stack.sites)
-    shape = PrefixShape(
-        num_virtual_tokens=config.num_virtual_tokens,
-        width=layout.width,
-        hidden_size=_hidden_size(model, layout),
-        embedding_size=getattr(input_embeddings(model), "embedding_dim", 0),
-        memory_size=memory_width(layout),
-        halves=tuple((site.kv_heads * site.key_dim, site.kv_heads * site.value_dim) for site in layout.sites),
-    )
     method = None if config.folded else method or installed().method(config.method)
     gives = PREFIX if method is None else method.gives
     # A memory has no tokens behind which any could be moved.
@@ -95,7 +87,7 @@ def build(
         config=replace(config, sites=layout.sites, positions=config.positions if moves else "none"),
         stacks=stacks,
         layout=layout,
-        encoder=_encoder(config, shape, method).to(placement.real_device(model)),
+        encoder=_encoder(config, _shape(model, config, layout), method).to(placement.real_device(model)),
         engine=CacheEngine() if config.engine == "cache" else AttentionEngine(),
         gives=gives,
     )
@@ -126,6 +118,18 @@ def _check_method(attachment: Attachment) -> None:
     if attachment.adds:
         what = "gate=True" if config.gate else f"method {config.method!r}"
         check_addition(what, config, stacks, attachment.engine.name)
+
+
+def _shape(model: PreTrainedModel, config: PrefixConfig, layout: Layout) -> PrefixShape:
+    """All that a method may want to know."""
+    return PrefixShape(
+        num_virtual_tokens=config.num_virtual_tokens,
+        width=layout.width,
+        hidden_size=_hidden_size(model, layout),
+        embedding_size=getattr(input_embeddings(model), "embedding_dim", 0),
+        memory_size=memory_width(layout),
+        halves=tuple((site.kv_heads * site.key_dim, site.kv_heads * site.value_dim) for site in layout.sites),
+    )
 
 
 def _hidden_size(model: PreTrainedModel, layout: Layout) -> int:

@@ -18,7 +18,7 @@ from prefixkit import placement, transformers_internals as internals
 from prefixkit.adapter import PositionIds, RelativeBias, Site, Stack
 from prefixkit.call import StackCall
 from prefixkit.errors import EngineError
-from prefixkit.infix import queries_behind, refuse_packed
+from prefixkit.infix import place_infix
 from prefixkit.positions import place_positions
 from prefixkit.prefix_state import (
     MARK,
@@ -131,14 +131,8 @@ class AttentionEngine:
         real = behind = None
         if stack.positions is not None or _slides(stack, attachment) or attachment.config.infix:
             call = StackCall.read(arguments, cache.get_seq_length() if cache is not None else 0)
-            if attachment.config.infix:
-                refuse_packed(arguments)
-            behind = queries_behind(call, attachment.identity) if attachment.config.infix else None
+            behind = place_infix(arguments, call, attachment.identity) if attachment.config.infix else None
             moved = True if behind is None else behind
-            if behind is not None and arguments.get("attention_mask") is None and isinstance(call.past, int):
-                # Without one, transformers takes a leap in the positions for the next of several packed texts.
-                whole = torch.ones(call.batch, call.past + call.queries, dtype=torch.long, device=call.device)
-                arguments["attention_mask"] = whole
             real = place_positions(module, stack, arguments, call, attachment.offset(stack), moved=moved)
         state = self._state(module, stack, attachment, flat, real)
         state.behind = behind

@@ -6,10 +6,9 @@ first of y is the token that predicts the first label: the last of the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from inspect import Signature, signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 
 from prefixkit.adapter import RelativeBias
 from prefixkit.errors import ConfigError, EngineError
+from prefixkit.own_generate import OwnGenerate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,23 +56,24 @@ def _frame_of(identity: str, *, generates: bool) -> Frame | None:
     return frame
 
 
-def refuse_packed(arguments: Mapping[str, Any]) -> None:
-    """Raise for several texts in one row, which have several places for one infix.
-
-    Raises:
-        EngineError: If the positions begin anew where no mask says that they are padding.
-    """
-    places = arguments.get("position_ids")
-    if arguments.get("attention_mask") is None and places is not None and bool((places.diff(dim=-1) < 0).any()):
-        raise EngineError("infix=True takes one text in a row; these position_ids begin anew, as in packed rows")
-
-
-def queries_behind(call: StackCall, identity: str) -> torch.Tensor:
+def place_infix(arguments: dict[str, Any], call: StackCall, identity: str) -> torch.Tensor:
     """Which queries of a stack's call stand behind the prefix, ``(batch or 1, queries)``.
 
     Raises:
-        EngineError: If nothing says where y begins.
+        EngineError: If nothing says where y begins, or a row holds several texts.
     """
+    if arguments.get("attention_mask") is None:
+        places = arguments.get("position_ids")
+        if places is not None and bool((places.diff(dim=-1) < 0).any()):
+            raise EngineError("infix=True takes one text in a row; these position_ids begin anew, as in packed rows")
+        if isinstance(call.past, int):
+            # Without a mask, transformers takes a leap in the positions for the next of several packed texts.
+            whole = torch.ones(call.batch, call.past + call.queries, dtype=torch.long, device=call.device)
+            arguments["attention_mask"] = whole
+    return _queries_behind(call, identity)
+
+
+def _queries_behind(call: StackCall, identity: str) -> torch.Tensor:
     frame = _frame_of(identity, generates=False)
     if frame is None or frame.starts is None:
         raise EngineError(
@@ -134,21 +135,12 @@ def after_labels(*_: Any) -> None:
     _starts.set(frame.outer if frame else None)
 
 
-class GenerateBehind:
+class GenerateBehind(OwnGenerate):
     """Stands in for ``model.generate``: y begins with the last token of the prompt."""
 
     def __init__(self, model: PreTrainedModel, identity: str) -> None:
-        self.model = model
+        super().__init__(model)
         self.identity = identity
-        self.own: Callable[..., Any] | None = model.__dict__.get("generate")
-
-    @property
-    def __signature__(self) -> Signature:
-        return signature(self._original())
-
-    def _original(self) -> Callable[..., Any]:
-        method: Callable[..., Any] = type(self.model).generate.__get__(self.model)  # type: ignore[attr-defined]
-        return self.own or method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the method of the class."""
@@ -164,6 +156,6 @@ class GenerateBehind:
         starts = torch.tensor([prompt.shape[1] - 1])
         token = _starts.set(Frame(self.identity, starts, _starts.get(), generates=True))
         try:
-            return self._original()(*args, **kwargs)
+            return self.original()(*args, **kwargs)
         finally:
             _starts.reset(token)

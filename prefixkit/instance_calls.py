@@ -8,8 +8,7 @@ would run the base without its prefix, so it is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from inspect import Signature, signature
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from prefixkit.beside_peft import has_peft_layers, peft_parameters
 from prefixkit.cache_engine import CacheEngine
 from prefixkit.errors import CheckpointError, EngineError
 from prefixkit.infix import GenerateBehind
+from prefixkit.own_generate import OwnGenerate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -113,21 +113,8 @@ class RefuseContinuousBatching:
         )
 
 
-class Generate:
+class Generate(OwnGenerate):
     """Stands in for ``model.generate`` with the cache engine, whose virtual tokens stand in the cache."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.own: Callable[..., Any] | None = model.__dict__.get("generate")
-
-    @property
-    def __signature__(self) -> Signature:
-        return signature(self._original())
-
-    def _original(self) -> Callable[..., Any]:
-        """The instance's own function, or the bound method of its class."""
-        method: Callable[..., Any] = type(self.model).generate.__get__(self.model)  # type: ignore[attr-defined]
-        return self.own or method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the method of the class; a cache that an earlier call returned is refused."""
@@ -137,7 +124,7 @@ class Generate:
                 "a cache that holds a prefix, from generate() or to_cache(), cannot start generate() with the cache "
                 "engine, since generate() counts its virtual tokens as text; use engine='attention'"
             )
-        return self._original()(*args, **kwargs)
+        return self.original()(*args, **kwargs)
 
 
 CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
