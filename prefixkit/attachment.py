@@ -369,7 +369,8 @@ def own_head(model: nn.Module, attachment: Attachment) -> dict[str, nn.Parameter
         AttachmentError: If something has put others in their place since.
     """
     head = head_parameters(model, attachment.config.head)
-    if head.keys() != attachment.base_head.keys():
+    installed = bool(attachment.base_head)
+    if installed and head.keys() != attachment.base_head.keys():
         changed = ", ".join(sorted(head.keys() ^ attachment.base_head.keys()))
         raise AttachmentError(
             f"the head is not what it was when the prefix was applied ({changed}); if PEFT wraps it, let it do so "
