@@ -61,9 +61,8 @@ class GatedPrefix:
         key, value, gate = (_for_each(query, part) for part in (*dropped, self.gates[site.place]))
         scaling = options.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        exact = torch.promote_types(
-            query.dtype, torch.float32
-        )  # a half-precision product may overflow before it is scaled
+        # A product in half precision may overflow before it is scaled.
+        exact = torch.promote_types(query.dtype, torch.float32)
         scores = query.to(exact) @ key.to(exact).mT * scaling
         if options.get("softcap") is not None:
             scores = (scores / options["softcap"]).tanh() * options["softcap"]
@@ -129,14 +128,13 @@ def add_gate(encoder: nn.Module, layout: Layout) -> None:
     encoder.register_parameter(GATE, nn.Parameter(torch.zeros(heads, dtype=torch.float32, device=device)))
 
 
-def check_addition(what: str, config: PrefixConfig, stacks: Iterable[Stack], engine: str) -> None:
-    """Raise where what is added would not start at the base.
+def check_addition(what: str, config: PrefixConfig, stacks: Iterable[Stack]) -> None:
+    """Raise where what is added would not start at the base. The cache engine refuses it by itself.
 
     Args:
         what: What it is, for messages.
         config: What the prefix is.
         stacks: Where it goes.
-        engine: Which engine it gets.
 
     Raises:
         ConfigError: For a policy that changes more than the attention's output.
@@ -148,8 +146,6 @@ def check_addition(what: str, config: PrefixConfig, stacks: Iterable[Stack], eng
         )
     if config.window != "pinned":
         raise ConfigError(f"{what} is seen as a whole; use window='pinned'")
-    if engine != "attention":
-        raise EngineError(f"a native cache holds nothing like {what}; use engine='attention'")
     for stack in stacks:
         if stack.site_forward is not None:
             raise EngineError(

@@ -114,10 +114,10 @@ def _check_method(attachment: Attachment) -> None:
             "num_virtual_tokens=1, gate=False and infix=False"
         )
     if config.infix:
-        check_infix(config, stacks, attachment.engine.name)
+        check_infix(config, stacks)
     if attachment.adds:
         what = "gate=True" if config.gate else f"method {config.method!r}"
-        check_addition(what, config, stacks, attachment.engine.name)
+        check_addition(what, config, stacks)
 
 
 def _shape(model: PreTrainedModel, config: PrefixConfig, layout: Layout) -> PrefixShape:

@@ -178,8 +178,8 @@ class Attachment:
     def prepared(self, flat: torch.Tensor, *, dtype: torch.dtype, training: bool) -> dict[str, KeyValue]:
         """K and V by the site's place in ``dtype``, with the prefix's dropout if ``training``."""
         dropped = functional.dropout(flat, self.config.prefix_dropout, training)
-        pieces = (KeyValue(key.to(dtype), value.to(dtype)) for key, value in self.layout.split(dropped))
-        return {site.place: piece for site, piece in zip(self.layout.sites, pieces, strict=True)}
+        pieces = self.pieces(dropped).items()
+        return {place: KeyValue(key.to(dtype), value.to(dtype)) for place, (key, value) in pieces}
 
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """What a checkpoint holds: the encoder's parameters, and the tuned head's under ``head.``."""
@@ -369,8 +369,7 @@ def own_head(model: nn.Module, attachment: Attachment) -> dict[str, nn.Parameter
         AttachmentError: If something has put others in their place since.
     """
     head = head_parameters(model, attachment.config.head)
-    installed = bool(attachment.base_head)
-    if installed and head.keys() != attachment.base_head.keys():
+    if attachment.base_head and head.keys() != attachment.base_head.keys():
         changed = ", ".join(sorted(head.keys() ^ attachment.base_head.keys()))
         raise AttachmentError(
             f"the head is not what it was when the prefix was applied ({changed}); if PEFT wraps it, let it do so "

@@ -28,6 +28,7 @@ from prefixkit.prefix_state import (
     PrefixState,
     SiteMark,
     Witness,
+    check_heads,
     find_state,
     is_served,
     look_beside,
@@ -253,6 +254,7 @@ def make_attention(name: str, original: internals.AttentionFunction) -> internal
             state.note(site, key, value)
             return original(module, query, key, value, attention_mask, **kwargs)
         if state.addition is not None:
+            check_heads(site, key, value)
             output, weights = original(module, query, key, value, attention_mask, **kwargs)
             return output + state.addition.of(query, kwargs, site, module.training).transpose(1, 2), weights
         causal = attention_mask is None and _sdpa_would_be_causal(name, module, query.shape[2], kwargs)

@@ -31,13 +31,12 @@ def add_frozen(encoder: nn.Module, tokens: int) -> None:
 
 def keep_frozen(encoder: nn.Module) -> None:
     """Take the rows that the prefix encoder gives now for those that stay."""
-    frozen = getattr(encoder, FROZEN, None)
-    if frozen is not None:
-        with torch.no_grad():
-            frozen.copy_(encoder()[: len(frozen)])
+    frozen = encoder.get_buffer(FROZEN)
+    with torch.no_grad():
+        frozen.copy_(encoder()[: len(frozen)])
 
 
 def with_frozen(encoder: nn.Module, given: torch.Tensor) -> torch.Tensor:
     """What the prefix encoder gave, ``(P, …)``, with the rows that stay in place of the first."""
-    frozen = getattr(encoder, FROZEN, None)
-    return given if frozen is None else torch.cat([frozen.to(given), given[len(frozen) :]])
+    frozen = encoder.get_buffer(FROZEN)
+    return torch.cat([frozen.to(given), given[len(frozen) :]])

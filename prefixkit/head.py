@@ -45,7 +45,8 @@ def choose_head(model: PreTrainedModel, head: str | bool | Sequence[str], stacks
         return _automatic(model, stacks)
     if isinstance(head, str | bool) or not all(isinstance(name, str) for name in head):
         raise ConfigError(f"head is {head!r}; possible: 'auto', False, or a list of names of modules or parameters")
-    names = {name for named in (model.named_modules(), model.named_parameters()) for name, _ in named if name}
+    parameters = model.named_parameters(remove_duplicate=False)
+    names = {name for named in (model.named_modules(), parameters) for name, _ in named if name}
     for name in head:
         if name not in names:
             raise ConfigError(f"head names {name!r}, which {type(model).__name__} does not have{closest(name, names)}")
@@ -56,7 +57,7 @@ def head_parameters(model: nn.Module, head: Iterable[str]) -> dict[str, nn.Param
     """The parameters of the head's modules by their name in the model, tied ones once."""
     named = [
         (name, parameter)
-        for name, parameter in model.named_parameters()
+        for name, parameter in model.named_parameters(remove_duplicate=False)  # a tied head has its own name too
         if any(name == part or name.startswith(f"{part}.") for part in head)
     ]
     first = {id(parameter): name for name, parameter in reversed(named)}

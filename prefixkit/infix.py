@@ -84,15 +84,13 @@ def _queries_behind(call: StackCall, identity: str) -> torch.Tensor:
     return places >= frame.starts.to(call.device)[:, None]
 
 
-def check_infix(config: PrefixConfig, stacks: Iterable[Stack], engine: str) -> None:
+def check_infix(config: PrefixConfig, stacks: Iterable[Stack]) -> None:
     """Raise where ``[x; PREFIX; y]`` means nothing, or cannot be had.
 
     Raises:
         ConfigError: For a model, or with options, that it does not go with.
-        EngineError: For the cache engine.
+        EngineError: For attention off the interface. The cache engine refuses an infix itself.
     """
-    if engine != "attention":
-        raise EngineError("a native cache cannot hide an infix from the text before it; use engine='attention'")
     carrying = [stack for stack in stacks if stack.sites]
     kinds = sorted({site.stack for stack in carrying for site in stack.sites})
     if kinds != ["decoder"] or any(isinstance(stack.positions, RelativeBias) for stack in carrying):

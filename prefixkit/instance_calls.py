@@ -100,6 +100,7 @@ class LoadStateDict:
         method = type(self.model).load_state_dict
         missing, unexpected = method(self.model, state_dict, strict=strict, assign=assign)
         ours = {attachment.state_name(name) for name in attachment.tensors(self.model)}
+        ours |= peft_parameters(self.model).keys()
         return _IncompatibleKeys([name for name in missing if name in ours], unexpected)
 
 

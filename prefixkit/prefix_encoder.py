@@ -91,9 +91,10 @@ class PrefixEncoder(nn.Module):
             self.embedding.weight.copy_(own)
             return
         last: Any = self.transform[-1]
-        middle = self.transform[:-1](self.embedding.weight).double()
-        mean = own.double().mean(dim=0)
-        solved = torch.linalg.pinv(middle) @ (own.double() - mean)
+        # On the CPU, since not every device has float64.
+        middle, own = (part.cpu().double() for part in (self.transform[:-1](self.embedding.weight), own))
+        mean = own.mean(dim=0)
+        solved = torch.linalg.pinv(middle) @ (own - mean)
         last.weight.copy_(solved.T)
         last.bias.copy_(mean)
 

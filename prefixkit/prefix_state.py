@@ -112,7 +112,7 @@ class PrefixState:
 
     def note(self, site: Site, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep what the base made of a text, ``(batch, kv_heads, keys, dim)``."""
-        _check_heads(site, key, value)
+        check_heads(site, key, value)
         if self.read is not None:
             self.read.setdefault(site.place, KeyValue(key[0], value[0]))
 
@@ -319,13 +319,13 @@ def put_before(
     module: nn.Module, site: Site, state: PrefixState, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``key`` and ``value`` with the site's prefix in front."""
-    _check_heads(site, key, value)
+    check_heads(site, key, value)
     dropout = state.dropout if module.training else 0.0
     piece = state.pieces[site.place]
     return put_in_front(piece.key, key, dropout), put_in_front(piece.value, value, dropout)
 
 
-def _check_heads(site: Site, key: torch.Tensor, value: torch.Tensor) -> None:
+def check_heads(site: Site, key: torch.Tensor, value: torch.Tensor) -> None:
     """Refuse keys and values that are not what the adapter said; broadcasting would hide some."""
     given = (key.shape[1], key.shape[3], value.shape[3])
     if given != (site.kv_heads, site.key_dim, site.value_dim):

@@ -84,11 +84,16 @@ def of_cache(cache: Cache, attachment: Attachment) -> dict[str, KeyValue]:
     pieces = {}
     for site in attachment.layout.sites:
         part = {"decoder": own, "cross": cross}.get(site.stack)
-        layer = part.layers[site.layer] if part is not None and site.layer < len(part.layers) else None
+        layer: Any = part.layers[site.layer] if part is not None and site.layer < len(part.layers) else None
         key, value = (getattr(layer, name, None) for name in ("keys", "values"))
         if isinstance(key, torch.Tensor) and (len(key) != 1 or getattr(layer, "is_compileable", False)):
             raise ConfigError(
                 f"a prefix starts from a dynamic cache of one row; this one has {len(key)} in a {type(layer).__name__}"
+            )
+        if isinstance(key, torch.Tensor) and layer.get_seq_length() != key.shape[2]:
+            raise ConfigError(
+                f"the cache has read {layer.get_seq_length()} tokens and keeps {key.shape[2]} of {site.path!r}: its "
+                "window has slid past the others, and what is left stands at other positions than a prefix"
             )
         if not isinstance(key, torch.Tensor) or not isinstance(value, torch.Tensor):
             raise ConfigError(

@@ -204,3 +204,15 @@ def test_removing_while_disabled_gives_the_base_back():
         prefixkit.remove(model)
     prefixkit.remove(model)
     assert torch.equal(model.score.weight, base)
+
+
+def test_a_tied_head_trains_under_its_own_name():
+    model = tiny.make("gpt2")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    prefixkit.apply(model, num_virtual_tokens=TOKENS, head=["lm_head"])
+    assert model.lm_head.weight.requires_grad
+    assert list(model._prefixkit.tensors(model)) == ["embedding.weight", "head.lm_head.weight"]
+    base = model.transformer.wte.weight.detach().clone()
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    assert torch.equal(prefixkit.remove(model).lm_head.weight, base)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import prefixkit_legacy
+import prefixkit_llama
 import pytest
 import test_prefixkit_legacy
 import tiny
 import torch
+from changed_adapters import with_each_site
 from versions import since
 
 import prefixkit
@@ -180,3 +182,13 @@ def test_a_shut_gate_in_half_precision():
     assert base.isfinite().all()
     prefixkit.apply(model, **DOORS)
     assert torch.equal(outputs(model, {"input_ids": ids}), base)
+
+
+@pytest.mark.parametrize("options", [DOORS, {"method": "prefix-memory", "num_virtual_tokens": 1}])
+def test_heads_that_are_not_the_adapters_are_refused(options):
+    """Two heads of keys where the adapter says four, as on a device that has a part of them: broadcasting hides it."""
+    right = next(prefixkit_llama.prefixkit_adapters())
+    adapter = with_each_site(right, lambda model, site: {"kv_heads": 4, "key_dim": site.key_dim})
+    model = prefixkit.apply(tiny.make("llama"), adapter=adapter, init="random", **options)
+    with pytest.raises(EngineError, match="has 2 heads of keys .* and the prefix 4 of"):
+        model(tiny.tokens(1, 4))

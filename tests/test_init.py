@@ -361,3 +361,12 @@ def test_caches_of_other_kinds_are_refused():
     for cache in (cache_of(model, tiny.tokens(2, TOKENS)), static):
         with pytest.raises(ConfigError, match="^a prefix starts from a dynamic cache of one row"):
             prefixkit.apply(model, num_virtual_tokens=TOKENS, init=cache)
+
+
+def test_a_cache_whose_window_has_slid_is_refused():
+    model = tiny.make("mistral")
+    cache = cache_of(model, tiny.tokens(1, 9))
+    kept = cache.layers[0].keys.shape[2]
+    assert kept < 9
+    with pytest.raises(ConfigError, match=f"^the cache has read 9 tokens and keeps {kept} of"):
+        prefixkit.apply(model, num_virtual_tokens=kept, init=cache, window="slide")
