@@ -45,7 +45,8 @@ class TextInit:
     """Start from the keys and values of a text: ``init=prefixkit.TextInit(ids)``.
 
     The base reads the first P tokens of it once. A prefix of a decoder is then, under ``positions="shift"``,
-    exactly that prompt; an encoder's is one whose tokens see each other and not the text behind them.
+    exactly that prompt; an encoder's is one whose tokens see each other and not the text behind them. What
+    recurrent layers and convolutions hand from token to token is no key or value, and is left out.
 
     Attributes:
         input_ids: Token ids, ``(tokens,)`` or ``(1, tokens)``; P of them or more.
