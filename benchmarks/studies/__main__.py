@@ -36,7 +36,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    carry_out_all(STUDIES[arguments.study](range(arguments.seeds)))
+    carry_out_all(STUDIES[arguments.study].plan(range(arguments.seeds)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import PreTrainedModel
 
 import prefixkit
+from benchmarks.studies.tasks import e2e
+
+INITS = ("tokens", "matched", "zeros", "random")
 
 Arm = Callable[[PreTrainedModel], Any]
 """Takes the base and returns the model to train; what requires a gradient afterwards is the arm's budget."""
@@ -18,6 +21,12 @@ Arm = Callable[[PreTrainedModel], Any]
 def prefix(method: str = "p-tuning-v2", tokens: int = 20, **options: Any) -> Arm:
     """A prefix of ``tokens`` virtual tokens."""
     return lambda model: prefixkit.apply(model, method, num_virtual_tokens=tokens, **options)
+
+
+def from_a_solved_table(model: PreTrainedModel) -> PreTrainedModel:
+    """A prefix for the small GPT-2 that starts from tables with their sentences, and so from words of the task."""
+    rows = [row for encoded in e2e().train[:4] for row in encoded["input_ids"]]
+    return prefixkit.apply(model, "p-tuning-v2", num_virtual_tokens=20, init=prefixkit.TextInit(rows))
 
 
 def full(model: PreTrainedModel) -> PreTrainedModel:

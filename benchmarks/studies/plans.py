@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from benchmarks.studies import arms
 from benchmarks.studies.arms import Arm
+from benchmarks.studies.findings import best_rate, results_of
 from benchmarks.studies.runs import Run
 
 Planned = Iterator[tuple[Run, Arm]]
 
-INITS = ("tokens", "matched", "zeros", "random")
+FLAT = (0.01, 0.03, 0.1, 0.3)
+"""Learning rates of a flat prefix."""
+
+MLP = (0.0003, 0.001, 0.003, 0.01)
+"""Learning rates of an MLP that makes the prefix, and of all weights."""
+
+RECOMMENDED = (0.1,)
+"""What :func:`prefixkit.recommended_lr` says of a flat prefix, for studies that vary something else."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study.
+
+    Attributes:
+        plan: The runs, given the seeds.
+        x: What its plot has on the horizontal axis: a field of :class:`Run`.
+        label: What to call it there.
+    """
+
+    plan: Callable[[Sequence[int]], Planned]
+    x: str = "learning_rate"
+    label: str = "learning rate"
 
 
 def sweep(
@@ -23,32 +47,53 @@ def sweep(
     rows: int,
     steps: int,
 ) -> Planned:
-    """Every arm with each of its learning rates; all arms with one seed before the next seed."""
+    """Every arm with each of its learning rates in the first seed, and with the best of them in the others."""
     for seed in seeds:
         for name, arm in named.items():
-            for rate in rates[name] if isinstance(rates, Mapping) else rates:
+            tried = rates[name] if isinstance(rates, Mapping) else rates
+            if seed != seeds[0]:
+                tried = [_best(study, task, name, rows)]
+            for rate in tried:
                 run = Run(study=study, task=task, arm=name, learning_rate=rate, seed=seed, rows=rows, steps=steps)
                 yield run, arm
 
 
+def _best(study: str, task: str, arm: str, rows: int) -> float:
+    """The best learning rate so far; a plan is read as its runs end, so that the first seed has been through."""
+    found: dict[float, list[dict[str, object]]] = {}
+    for entry in results_of(study):
+        if (entry["task"], entry["arm"], entry["rows"]) == (task, arm, rows):
+            found.setdefault(entry["learning_rate"], []).append(entry)
+    return best_rate(found)
+
+
 def init_e2e(seeds: Sequence[int]) -> Planned:
     """What a flat prefix starts with, on E2E."""
-    named = {init: arms.prefix(init=init) for init in INITS}
-    return sweep("init-e2e", "e2e", named, (0.01, 0.03, 0.1, 0.3), seeds, rows=8000, steps=200)
+    named = {init: arms.prefix(init=init) for init in arms.INITS}
+    return sweep("init-e2e", "e2e", named, FLAT, seeds, rows=8000, steps=200)
 
 
 def init_intents(seeds: Sequence[int]) -> Planned:
     """What a flat prefix starts with, on SNIPS intents."""
-    named = {init: arms.prefix(init=init) for init in INITS}
-    return sweep("init-intents", "snips-intents", named, (0.003, 0.01, 0.03, 0.1), seeds, rows=4000, steps=200)
+    named = {init: arms.prefix(init=init) for init in arms.INITS}
+    return sweep("init-intents", "snips-intents", named, FLAT, seeds, rows=13084, steps=200)
+
+
+def init_few(seeds: Sequence[int]) -> Planned:
+    """What a flat prefix starts with when there are few rows, on E2E."""
+    named = {init: arms.prefix(init=init) for init in arms.INITS} | {"a solved table": arms.from_a_solved_table}
+    for rows in (50, 100, 500):
+        yield from sweep("init-few", "e2e", named, RECOMMENDED, seeds, rows=rows, steps=100)
 
 
 def arms_e2e(seeds: Sequence[int]) -> Planned:
     """A prefix against other ways to train the small GPT-2 on E2E, each with learning rates of its own."""
+    yield from sweep("arms-e2e", "e2e", {"base": arms.full}, (0.0,), seeds[:1], rows=8000, steps=0)
     named = {
         "p-tuning-v2": arms.prefix(),
         "prefix-tuning (MLP)": arms.prefix("prefix-tuning"),
         "embedding-only": arms.prefix("prompt-tuning"),
+        "infix": arms.prefix(infix=True),
         "prefix memory": arms.prefix("prefix-memory", tokens=1, positions="none"),
         "LoRA, equal budget": arms.lora(10, ["c_attn"]),
         "top layer": arms.top_layers(1),
@@ -56,37 +101,68 @@ def arms_e2e(seeds: Sequence[int]) -> Planned:
     }
     rates = {
         "p-tuning-v2": (0.03, 0.1, 0.3),
-        "prefix-tuning (MLP)": (0.0003, 0.001, 0.003, 0.01),
+        "prefix-tuning (MLP)": MLP,
         "embedding-only": (0.03, 0.1, 0.3),
+        "infix": (0.03, 0.1, 0.3),
         "prefix memory": (0.001, 0.003, 0.01),
         "LoRA, equal budget": (0.003, 0.01, 0.03),
-        "top layer": (0.001, 0.003),
+        "top layer": (0.001, 0.003, 0.01),
         "full fine-tuning": (0.0005, 0.001, 0.002),
     }
-    return sweep("arms-e2e", "e2e", named, rates, seeds, rows=8000, steps=200)
+    yield from sweep("arms-e2e", "e2e", named, rates, seeds, rows=8000, steps=200)
 
 
 def length_e2e(seeds: Sequence[int]) -> Planned:
     """How long the prefix is, on E2E."""
     named = {f"{tokens}": arms.prefix(tokens=tokens) for tokens in (1, 5, 10, 20, 50, 100)}
-    return sweep("length-e2e", "e2e", named, (0.1,), seeds, rows=8000, steps=200)
+    return sweep("length-e2e", "e2e", named, RECOMMENDED, seeds, rows=8000, steps=200)
 
 
 def arms_intents(seeds: Sequence[int]) -> Planned:
     """A prefix against a linear probe and full fine-tuning, on SNIPS intents."""
     named = {"p-tuning-v2": arms.prefix(), "linear probe": arms.probe, "full fine-tuning": arms.full}
     rates = {
-        "p-tuning-v2": (0.01, 0.03, 0.1),
-        "linear probe": (0.003, 0.01, 0.03),
+        "p-tuning-v2": FLAT,
+        "linear probe": (0.003, 0.01, 0.03, 0.1),
         "full fine-tuning": (0.0001, 0.0003, 0.001),
     }
     return sweep("arms-intents", "snips-intents", named, rates, seeds, rows=13084, steps=400)
 
 
-STUDIES: dict[str, Callable[[Sequence[int]], Planned]] = {
-    "init-e2e": init_e2e,
-    "init-intents": init_intents,
-    "arms-e2e": arms_e2e,
-    "length-e2e": length_e2e,
-    "arms-intents": arms_intents,
+ENCODER_TASKS = {"snips-intents": 13084, "snips-slots": 13084, "wnut17": 3394}
+"""Tasks of the small BERT, and how many rows they train on."""
+
+
+def mlp_encoder(seeds: Sequence[int]) -> Planned:
+    """A flat prefix against one that an MLP makes, on the small BERT."""
+    named = {"flat": arms.prefix(), "MLP": arms.prefix("prefix-tuning")}
+    for task, rows in ENCODER_TASKS.items():
+        yield from sweep("mlp-encoder", task, named, {"flat": FLAT, "MLP": MLP}, seeds, rows=rows, steps=200)
+
+
+def length_encoder(seeds: Sequence[int]) -> Planned:
+    """How long the prefix is, on the small BERT."""
+    named = {f"{tokens}": arms.prefix(tokens=tokens) for tokens in (1, 5, 20, 50, 100)}
+    for task, rows in ENCODER_TASKS.items():
+        yield from sweep("length-encoder", task, named, RECOMMENDED, seeds, rows=rows, steps=200)
+
+
+def depth_encoder(seeds: Sequence[int]) -> Planned:
+    """Which of the small BERT's six layers carry the prefix."""
+    spans = {"1": [0], "1 to 3": [0, 1, 2], "1 to 6": None, "4 to 6": [3, 4, 5], "6": [5]}
+    named = {span: arms.prefix(layers=layers) for span, layers in spans.items()}
+    for task, rows in ENCODER_TASKS.items():
+        yield from sweep("depth-encoder", task, named, RECOMMENDED, seeds, rows=rows, steps=200)
+
+
+STUDIES = {
+    "init-e2e": Study(init_e2e),
+    "init-intents": Study(init_intents),
+    "init-few": Study(init_few, "rows", "training rows"),
+    "arms-e2e": Study(arms_e2e),
+    "arms-intents": Study(arms_intents),
+    "mlp-encoder": Study(mlp_encoder),
+    "length-e2e": Study(length_e2e, "arm", "virtual tokens"),
+    "length-encoder": Study(length_encoder, "arm", "virtual tokens"),
+    "depth-encoder": Study(depth_encoder, "arm", "layers with a prefix"),
 }

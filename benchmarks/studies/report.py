@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,70 +10,57 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.studies.runs import results_of
+from benchmarks.studies.findings import Entry, best_rate, groups, mean_and_spread, results_of
+from benchmarks.studies.plans import STUDIES
 
 PLOTS = Path(__file__).parents[2] / "docs/_static/studies"
-Entries = list[dict[str, Any]]
 
 
-def by_rate(entries: Iterable[dict[str, Any]]) -> dict[str, dict[float, Entries]]:
-    """Results by arm and learning rate, in the order of the plan."""
-    found: dict[str, dict[float, Entries]] = {}
-    for entry in entries:
-        found.setdefault(entry["arm"], {}).setdefault(entry["learning_rate"], []).append(entry)
-    return found
-
-
-def mean_and_spread(entries: Entries, what: str = "score") -> tuple[float, float]:
-    """Mean and standard deviation over the seeds; the latter is 0 for one."""
-    values = [float(entry[what]) for entry in entries]
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def best_rate(rates: dict[float, Entries]) -> float:
-    """The learning rate with the best mean score."""
-    return max(rates, key=lambda rate: mean_and_spread(rates[rate])[0])
+def shown(entries: list[Entry], what: str, digits: int) -> str:
+    """Mean and spread over the seeds, or nothing where it was not measured."""
+    if any(entry.get(what) is None for entry in entries):
+        return ""
+    mean, spread = mean_and_spread(entries, what)
+    return f"{mean:.{digits}f} ± {spread:.{digits}f}" if len(entries) > 1 else f"{mean:.{digits}f}"
 
 
 def table(study: str) -> str:
-    """A Markdown table: each arm at the best of its learning rates."""
+    """A Markdown table: each arm at the best of its learning rates, with what it had at the first rate's seeds."""
     lines = [
-        "| arm | trained numbers | best learning rate (of) | score | test loss | seeds |",
-        "|---|---|---|---|---|---|",
+        "| arm | trained numbers | best learning rate (of) | score | test loss | loss on other text | seeds |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for arm, rates in by_rate(results_of(study)).items():
+    for arm, rates in groups(results_of(study)).items():
         rate = best_rate(rates)
         entries = rates[rate]
-        score, spread = mean_and_spread(entries)
-        loss, _ = mean_and_spread(entries, "test_loss")
-        shown = f"{score:.1f} ± {spread:.1f}" if len(entries) > 1 else f"{score:.1f}"
         tried = ", ".join(f"{one:g}" for one in rates)
         lines.append(
-            f"| {arm} | {entries[0]['trained_numbers']:,} | {rate:g} ({tried}) | {shown} "
-            f"| {loss:.3f} | {len(entries)} |"
+            f"| {arm} | {entries[0]['trained_numbers']:,} | {rate:g} ({tried}) | {shown(entries, 'score', 1)} "
+            f"| {shown(entries, 'test_loss', 3)} | {shown(entries, 'other_loss', 3)} | {len(entries)} |"
         )
     return "\n".join(lines)
 
 
+def points(study: str) -> dict[str, tuple[list[Any], list[float], list[float]]]:
+    """For each line of the plot its x, and mean and spread of the scores."""
+    found = {}
+    for line, by_x in groups(results_of(study), STUDIES[study].x).items():
+        pairs = [mean_and_spread(entries) for entries in by_x.values()]
+        found[line] = (list(by_x), [mean for mean, _ in pairs], [spread for _, spread in pairs])
+    return found
+
+
 def plot(study: str) -> Path:
-    """Score against learning rate, a line for each arm; where there is one rate, against the arms."""
-    arms = by_rate(results_of(study))
+    """Score against learning rate, or what else the study varies; bars are standard deviations over seeds."""
     figure, axes = plt.subplots(figsize=(6.4, 4))
-    if all(len(rates) == 1 for rates in arms.values()):
-        pairs = [mean_and_spread(next(iter(rates.values()))) for rates in arms.values()]
-        axes.errorbar(list(arms), [mean for mean, _ in pairs], yerr=[spread for _, spread in pairs], marker="o")
-        axes.set_xlabel("virtual tokens")
-    else:
-        for arm, rates in arms.items():
-            pairs = [mean_and_spread(entries) for entries in rates.values()]
-            axes.errorbar(
-                list(rates), [mean for mean, _ in pairs], yerr=[spread for _, spread in pairs], marker="o", label=arm
-            )
+    for line, (x, mean, spread) in points(study).items():
+        axes.errorbar(x, mean, yerr=spread, marker="o", capsize=3, label=line)
+    if STUDIES[study].x != "arm":
         axes.set_xscale("log")
-        axes.set_xlabel("learning rate")
-        axes.legend(fontsize="small")
+    axes.set_xlabel(STUDIES[study].label)
     axes.set_ylabel("score")
     axes.set_title(study)
+    axes.legend(fontsize="small")
     figure.tight_layout()
     PLOTS.mkdir(parents=True, exist_ok=True)
     path = PLOTS / f"{study}.svg"

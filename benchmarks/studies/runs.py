@@ -6,18 +6,16 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
 from benchmarks.studies.arms import Arm, budget
-from benchmarks.studies.tasks import TASKS, Task
-
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.studies.findings import RESULTS, Entry, results_of
+from benchmarks.studies.tasks import TASKS, Row, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +29,7 @@ class Run:
         learning_rate: Peak of a cosine schedule with a warm-up over a twentieth of the steps.
         seed: Of the data's order, the head, the prefix and the dropout.
         rows: Training rows, the first ones after shuffling with the seed.
-        steps: Updates.
+        steps: Updates; 0 scores the base.
     """
 
     study: str
@@ -58,6 +56,7 @@ def train(model: Any, task: Task, run: Run) -> float:
             save_strategy="no",
             report_to=[],
             seed=run.seed,
+            bf16=task.bf16,
             disable_tqdm=True,
             dataloader_pin_memory=False,
             remove_unused_columns=False,
@@ -69,41 +68,39 @@ def train(model: Any, task: Task, run: Run) -> float:
 
 
 @torch.no_grad()
-def test_loss(model: Any, task: Task) -> float:
-    """Mean loss over the test rows."""
+def mean_loss(model: Any, rows: Sequence[Row], task: Task) -> float:
+    """Over batches of ``rows``."""
     model.eval()
-    losses = [
-        float(model(**task.collate(list(task.test[start : start + 64]))).loss) for start in range(0, len(task.test), 64)
-    ]
+    losses = [float(model(**task.collate(list(rows[start : start + 64]))).loss) for start in range(0, len(rows), 64)]
     return sum(losses) / len(losses)
 
 
-def carry_out(run: Run, arm: Arm) -> dict[str, Any]:
+def carry_out(run: Run, arm: Arm) -> Entry:
     """The run's settings and what came of it."""
     task = TASKS[run.task]()
     set_seed(run.seed)
     model = arm(task.make())
     numbers = budget(model)
     start = time.perf_counter()
-    last = train(model, task, run)
+    last = train(model, task, run) if run.steps else math.nan
     seconds = time.perf_counter() - start
-    loss = test_loss(model, task)
+    loss = mean_loss(model, task.test, task)
+    other = mean_loss(model, task.other, task) if task.other else math.nan
     # A model that has diverged may generate for ever, and says nothing.
     score = task.score(model) if math.isfinite(loss) else 0.0
     return {
         **asdict(run),
         "score": round(score, 3),
-        "test_loss": round(loss, 4) if math.isfinite(loss) else None,
-        "train_loss": round(last, 4) if math.isfinite(last) else None,
+        "test_loss": _finite(loss),
+        "train_loss": _finite(last),
+        "other_loss": _finite(other),
         "trained_numbers": numbers,
         "seconds": round(seconds, 1),
     }
 
 
-def results_of(study: str) -> list[dict[str, Any]]:
-    """What was found so far."""
-    path = RESULTS / f"{study}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def _finite(loss: float) -> float | None:
+    return round(loss, 4) if math.isfinite(loss) else None
 
 
 def carry_out_all(planned: Iterable[tuple[Run, Arm]]) -> None:

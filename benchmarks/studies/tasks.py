@@ -47,6 +47,8 @@ class Task:
         collate: Makes a batch of rows.
         score: Of a model, in percent; more is better.
         batch: Rows in a training step.
+        other: Encoded rows of another task that the base knows, to see what it forgets.
+        bf16: Whether to train under autocast to bfloat16, which halves the time of a larger model.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Task:
     collate: Any
     score: Callable[[PreTrainedModel], float]
     batch: int = 32
+    other: Sequence[Row] = ()
+    bf16: bool = False
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -96,7 +100,14 @@ def e2e(inputs: int = 200) -> Task:
         test=[encode(pair) for pair in test[::8]],
         collate=DataCollatorForSeq2Seq(tokenizer),
         score=bleu,
+        other=[encode(pair) for pair in _triples()],
     )
+
+
+def _triples() -> list[tuple[str, str]]:
+    """Texts in the form in which the small GPT-2 read DART when it was pretrained."""
+    rows = read(ROOT / "benchmarks/data/dart/sample.jsonl.gz")
+    return [(" | ".join(" : ".join(triple) for triple in row["triples"]), row["refs"][0]) for row in rows]
 
 
 def _names(rows: list[dict[str, Any]], labels_of: Callable[[dict[str, Any]], Sequence[str]]) -> list[str]:
@@ -122,6 +133,7 @@ def intents() -> Task:
         test=tests,
         collate=collate,
         score=lambda model: accuracy(model, tests, collate),
+        bf16=True,
     )
 
 
@@ -137,7 +149,7 @@ def accuracy(model: PreTrainedModel, rows: Sequence[Row], collate: Any) -> float
     return 100 * right / len(rows)
 
 
-def _tagging(name: str, folder: str) -> Task:
+def _tagging(name: str, folder: str, batch: int) -> Task:
     tokenizer = AutoTokenizer.from_pretrained(minilm())
     train, test = (read(ROOT / f"benchmarks/data/{folder}/{split}.jsonl.gz") for split in ("train", "test"))
     names = _names(train + test, lambda row: row["tags"])
@@ -159,19 +171,21 @@ def _tagging(name: str, folder: str) -> Task:
         test=tests,
         collate=collate,
         score=lambda model: entity_f1(model, tests, collate, names),
+        batch=batch,
+        bf16=True,
     )
 
 
 @cache
 def slots() -> Task:
     """SNIPS slots on the small BERT; entity F1."""
-    return _tagging("snips-slots", "snips")
+    return _tagging("snips-slots", "snips", batch=32)
 
 
 @cache
 def entities() -> Task:
     """WNUT-17 entities on the small BERT; entity F1."""
-    return _tagging("wnut17", "wnut17")
+    return _tagging("wnut17", "wnut17", batch=16)
 
 
 @torch.no_grad()
