@@ -56,10 +56,12 @@ if TYPE_CHECKING:
         recommended_lr as recommended_lr,
     )
     from prefixkit.lifecycle import (
+        activate as activate,
         apply as apply,
         config as config,
         disabled as disabled,
         fold as fold,
+        names as names,
         remove as remove,
         sites as sites,
         unfreeze as unfreeze,
@@ -71,6 +73,9 @@ if TYPE_CHECKING:
     from prefixkit.native_cache import to_cache as to_cache
     from prefixkit.prefix_config import PrefixConfig as PrefixConfig
     from prefixkit.prefix_state import in_front as in_front
+    from prefixkit.several import (
+        rows as rows,
+    )
     from prefixkit.site_forward import (
         alibi_in_front as alibi_in_front,
         through_cache as through_cache,
@@ -83,6 +88,9 @@ _HOME = {
     "disabled": "lifecycle",
     "fold": "lifecycle",
     "remove": "lifecycle",
+    "activate": "lifecycle",
+    "rows": "several",
+    "names": "lifecycle",
     "unfreeze": "lifecycle",
     "to_cache": "native_cache",
     "sites": "lifecycle",

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from prefixkit import placement, transformers_internals as internals
 from prefixkit.adapter import Adapter, PositionIds, RelativeBias, Site, Stack
 from prefixkit.additions import add_gate, check_addition, memory_width
-from prefixkit.attachment import Attachment, carries_prefix, find
+from prefixkit.attachment import Attachment
 from prefixkit.attention_engine import AttentionEngine, UnreachableAttentionError
 from prefixkit.cache_engine import CacheEngine
 from prefixkit.discovery import installed
@@ -30,6 +30,7 @@ from prefixkit.errors import (
 )
 from prefixkit.frozen import add_frozen
 from prefixkit.head import input_embeddings
+from prefixkit.hooks import carries_prefix
 from prefixkit.infix import check_infix
 from prefixkit.layout import Layout
 from prefixkit.method import EMBEDDINGS, MEMORY, PREFIX, Method, PrefixShape
@@ -42,18 +43,11 @@ def check_model(model: object) -> str:
 
     Raises:
         UnsupportedModelError: If it is no transformers model.
-        AttachmentError: If it has a prefix already.
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"expected a transformers model, got {type(model).__name__}; pass the PreTrainedModel itself, "
             "before it is wrapped or compiled"
-        )
-    attachment = find(model)
-    if attachment is not None:
-        raise AttachmentError(
-            f"this {type(model).__name__} already has a prefix, {attachment.config.name!r}; a model takes one at a "
-            "time: call prefixkit.remove(model) first"
         )
     return str(model.config.model_type)
 

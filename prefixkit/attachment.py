@@ -1,44 +1,29 @@
-"""A prefix on a live model: what is kept, and the hooks that carry it into every call.
-
-An :class:`Attachment` is a plain object in the model's ``__dict__``. It holds no reference to the
-model, so copying or pickling the model takes it along, whole.
-"""
+"""One prefix on a live model: its numbers as the engines take them, and as checkpoints hold them."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from inspect import signature
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from prefixkit import placement, transformers_internals as internals
-from prefixkit.adapter import PositionTable, Stack, join_path
+from prefixkit import placement
+from prefixkit.adapter import Stack, join_path
 from prefixkit.additions import GATE, Addition, GatedPrefix, PrefixMemory, split_gate, split_memory
 from prefixkit.as_it_was import as_it_was
-from prefixkit.attention_engine import AttentionEngine, stand_before_attention
-from prefixkit.beside_peft import peft_parameters
+from prefixkit.attention_engine import AttentionEngine
 from prefixkit.cache_engine import CacheEngine
-from prefixkit.embeddings import read_embeddings, reading_now
-from prefixkit.errors import AttachmentError, CheckpointError, EngineError, UnsupportedModelError
+from prefixkit.embeddings import read_embeddings
+from prefixkit.errors import AttachmentError, CheckpointError, EngineError
 from prefixkit.frozen import with_frozen
 from prefixkit.head import head_parameters
-from prefixkit.infix import BeforeLabels, after_labels
 from prefixkit.layout import KeyValue, Layout
 from prefixkit.method import EMBEDDINGS, MEMORY, PREFIX
-from prefixkit.positions import count_positions, forget_positions, look_up_placed
 from prefixkit.prefix_config import PrefixConfig
-from prefixkit.prefix_state import take_away
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-KEY = "_prefixkit"
-"""Where the attachment stands in the model's ``__dict__``."""
 MODULE = "prefixkit"
 """Name of the submodule that holds the prefix encoder, by the prefix's name."""
 IN_PIECES = (
@@ -46,8 +31,6 @@ IN_PIECES = (
     "inside FullyShardedDataParallel.summon_full_params(model)"
 )
 SHARDED = "the prefix is sharded, and its gradients would stay in pieces; train through a call of the whole model"
-FLAT = "prefix_flat"
-"""The keyword under which a model with two stacks hands them the flat prefix, computed once."""
 
 
 @dataclass(eq=False)
@@ -61,13 +44,13 @@ class Attachment:
         encoder: Its parameters: a module that returns the flat prefix.
         engine: What puts it in front of the attention.
         gives: What the encoder gives: the flat prefix, embeddings that the base reads, or a memory.
-        trained_before: ``requires_grad`` of every base parameter before ``apply``.
-        base_head: The head's values before ``apply``, by parameter name.
-        disablers: How many :func:`prefixkit.disabled` blocks are under way.
         identity: Marks the caches that hold this prefix.
-        displaced: What the instance answered by itself before, where the prefix answers now.
-        homes: Files whose attention functions the sites call.
+        host: Identity of all prefixes of the model, once it is one of them.
+        head_names: The parameters of its head by their name in the model, once it is on one.
         shapes: Shapes of all that a checkpoint holds, while no process has a part only.
+        kept_head: Its head's values by parameter name, while another's or the base's are in the model.
+        trained: Which of its parameters train when it is the active prefix, by their name in a checkpoint;
+            ``None`` while it is active.
     """
 
     config: PrefixConfig
@@ -76,30 +59,12 @@ class Attachment:
     encoder: nn.Module
     engine: AttentionEngine | CacheEngine
     gives: str = PREFIX
-    trained_before: dict[str, bool] = field(default_factory=dict)
-    base_head: dict[str, torch.Tensor] = field(default_factory=dict)
-    disablers: int = 0
     identity: str = field(default_factory=lambda: uuid.uuid4().hex)
-    handles: list[Any] = field(default_factory=list)
-    displaced: dict[str, Any] = field(default_factory=dict)
-    homes: tuple[str, ...] = ()
+    host: str = ""
+    head_names: tuple[str, ...] = ()
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-    @property
-    def enabled(self) -> bool:
-        """False inside :func:`prefixkit.disabled`."""
-        return not self.disablers
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Inside ``disabled`` the model has its old head, and a copy would keep it for ever."""
-        if not self.enabled:
-            raise AttachmentError("copy or pickle the model outside of prefixkit.disabled")
-        return self.__dict__
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """In a spawned process that unpickles the model, nothing stands before the attention functions yet."""
-        self.__dict__.update(state)
-        stand_before_attention(self.homes)
+    kept_head: dict[str, torch.Tensor] = field(default_factory=dict)
+    trained: frozenset[str] | None = None
 
     @property
     def adds(self) -> bool:
@@ -142,13 +107,16 @@ class Attachment:
 
     def pieces(self, flat: torch.Tensor) -> dict[str, KeyValue]:
         """K and V by the site's place; of a layer with fewer virtual tokens the last ones."""
+        every = dict(zip(self.tokens_by_place().items(), self.layout.split(flat), strict=True))
+        return {place: KeyValue(*(part[:, -tokens:] for part in pair)) for (place, tokens), pair in every.items()}
+
+    def tokens_by_place(self) -> dict[str, int]:
+        """How many virtual tokens each site has, by its place."""
         lengths = dict(self.config.layer_tokens)
-        every = {site.place: piece for site, piece in zip(self.layout.sites, self.layout.split(flat), strict=True)}
-        for site in self.layout.sites:
-            if site.layer in lengths:
-                first = self.config.num_virtual_tokens - lengths[site.layer]
-                every[site.place] = KeyValue(*(part[:, first:] for part in every[site.place]))
-        return every
+        return {site.place: lengths.get(site.layer, self.config.num_virtual_tokens) for site in self.layout.sites}
+
+    def lengths(self) -> None:
+        """``None``: all rows of a call have the same prefix."""
 
     def addition(self, flat: torch.Tensor) -> Addition | None:
         """What sites add to their attention's output; ``None`` where K and V stand in front.
@@ -173,7 +141,15 @@ class Attachment:
 
     def state_key(self, stack: Stack) -> str:
         """The name of the stack's state beside the call."""
-        return f"{self.identity}:{stack.path}"
+        return f"{self.host or self.identity}:{stack.path}"
+
+    def shifts(self, stack: Stack) -> bool:
+        """Whether the prefix moves the positions of ``stack``."""
+        return bool(self.offset(stack))
+
+    def at(self, path: str) -> Stack:
+        """The stack at ``path``, with the sites of this prefix."""
+        return next(stack for stack in self.stacks if stack.path == path)
 
     def prepared(self, flat: torch.Tensor, *, dtype: torch.dtype, training: bool) -> dict[str, KeyValue]:
         """K and V by the site's place in ``dtype``, with the prefix's dropout if ``training``."""
@@ -183,9 +159,28 @@ class Attachment:
 
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """What a checkpoint holds: the encoder's parameters, and the tuned head's under ``head.``."""
-        # While disabled, the model has its old head and the tuned one is kept aside.
-        head: Mapping[str, torch.Tensor] = own_head(model, self) if self.enabled else self.base_head
+        head: Mapping[str, torch.Tensor] = self.kept_head or self.own_head(model)
         return {**self.encoder.state_dict(), **{f"head.{name}": value.detach() for name, value in head.items()}}
+
+    def own_head(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of the model that are its head, by name.
+
+        Raises:
+            AttachmentError: If something has put others in their place since.
+        """
+        head = head_parameters(model, self.config.head)
+        if self.head_names and tuple(head) != self.head_names:
+            changed = ", ".join(sorted(head.keys() ^ set(self.head_names)))
+            raise AttachmentError(
+                f"the head is not what it was when the prefix was applied ({changed}); if PEFT wraps it, let it do so "
+                "first, or apply the prefix with head=False"
+            )
+        return head
+
+    def parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """All that trains with it, by its name in a checkpoint."""
+        head = {f"head.{name}": value for name, value in self.own_head(model).items()}
+        return {**dict(self.encoder.named_parameters()), **head}
 
     def whole_tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """:meth:`tensors`, gathered where they are sharded: every process has to call.
@@ -232,184 +227,3 @@ class Attachment:
         if name.startswith("head."):
             return name.removeprefix("head.")
         return join_path(MODULE, self.config.name, name)
-
-
-class BeforeModel:
-    """Forward pre-hook of the model: computes the flat prefix once for all its stacks."""
-
-    def __init__(self, attachment: Attachment) -> None:
-        self.attachment = attachment
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Add the flat prefix to the keyword arguments."""
-        if not self.attachment.enabled:
-            return None
-        return args, {**kwargs, FLAT: self.attachment.flat()}
-
-
-class BeforeStack:
-    """Forward pre-hook of a stack: gives every argument its name and lets the engine act on them."""
-
-    def __init__(self, attachment: Attachment, stack: Stack, names: tuple[str, ...]) -> None:
-        self.attachment = attachment
-        self.stack = stack
-        self.names = names
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The arguments with the prefix, or as they were if it is disabled."""
-        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        flat = arguments.pop(FLAT, None)
-        forget_positions()
-        engine = self.attachment.engine
-        reading = reading_now(self.attachment)
-        if reading is not None:
-            return (), AttentionEngine.send(module, self.stack, arguments, self.attachment, reading)
-        if self.attachment.enabled and not self.stack.sites:
-            count_positions(module, self.stack, arguments)
-        if not self.attachment.enabled or not self.stack.sites:
-            return (), engine.off(module, self.stack, arguments, self.attachment)
-        if flat is None:
-            flat = self.attachment.flat(module)
-        return (), engine.before(module, self.stack, arguments, self.attachment, flat)
-
-
-class AfterStack:
-    """Forward hook of a stack: lets the engine act on the output."""
-
-    def __init__(self, attachment: Attachment, stack: Stack) -> None:
-        self.attachment = attachment
-        self.stack = stack
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """The output, as the caller would see it without a prefix."""
-        if not self.attachment.enabled or reading_now(self.attachment) is not None:
-            return output
-        return self.attachment.engine.after(module, self.stack, kwargs, self.attachment, output)
-
-
-class LeaveStack:
-    """Forward hook of a stack, also where its forward fails: nothing of the call stays behind."""
-
-    def __init__(self, attachment: Attachment, stack: Stack) -> None:
-        self.attachment = attachment
-        self.stack = stack
-
-    def __call__(self, *_: Any) -> None:
-        """Take the state away that travelled beside the call."""
-        take_away(self.attachment.state_key(self.stack))
-
-
-def find(model: nn.Module) -> Attachment | None:
-    """The attachment of ``model``, if it has one."""
-    attachment: Attachment | None = model.__dict__.get(KEY)
-    return attachment
-
-
-def require(model: nn.Module) -> Attachment:
-    """The attachment of ``model``.
-
-    Raises:
-        AttachmentError: If it has none.
-    """
-    attachment = find(model)
-    if attachment is None:
-        raise AttachmentError(
-            f"this {type(model).__name__} has no prefix; call prefixkit.apply or prefixkit.load first"
-        )
-    return attachment
-
-
-def carries_prefix(stack: nn.Module) -> bool:
-    """Whether ``stack`` has a prefix already, perhaps through another model that shares it."""
-    return any(isinstance(hook, BeforeStack) for hook in stack._forward_pre_hooks.values())
-
-
-def install(model: PreTrainedModel, attachment: Attachment) -> None:
-    """Put a finished attachment on the model: all of it, or on an error nothing."""
-    try:
-        model.__dict__[KEY] = attachment
-        attachment.trained_before = {name: value.requires_grad for name, value in model.named_parameters()}
-        # A LoRA that is on the model trains together with the prefix.
-        kept = [parameter for parameter in peft_parameters(model).values() if parameter.requires_grad]
-        model.requires_grad_(False)
-        for parameter in kept:
-            parameter.requires_grad_(True)
-        for name, value in head_parameters(model, attachment.config.head).items():
-            attachment.base_head[name] = value.detach().clone()
-            value.requires_grad_(True)
-        attachment.note_shapes(model)
-        model.add_module(MODULE, nn.ModuleDict({attachment.config.name: attachment.encoder}))
-        attachment.encoder.train(model.training)
-        attachment.engine.attach(model, attachment)
-        _add_hooks(model, attachment)
-    except BaseException:
-        uninstall(model, attachment)
-        raise
-
-
-def uninstall(model: PreTrainedModel, attachment: Attachment) -> None:
-    """Give back the very base. Safe on a half-installed attachment."""
-    while attachment.handles:
-        attachment.handles.pop().remove()
-    if attachment.base_head.keys() == head_parameters(model, attachment.config.head).keys():
-        swap_head(model, attachment)
-    attachment.engine.detach(model, attachment)
-    model._modules.pop(MODULE, None)
-    for name, value in model.named_parameters():
-        value.requires_grad_(attachment.trained_before.get(name, value.requires_grad))
-        if not value.requires_grad:
-            value.grad = None
-    model.__dict__.pop(KEY, None)
-
-
-def own_head(model: nn.Module, attachment: Attachment) -> dict[str, nn.Parameter]:
-    """The parameters of the head that trains with the prefix, by name.
-
-    Raises:
-        AttachmentError: If something has put others in their place since.
-    """
-    head = head_parameters(model, attachment.config.head)
-    if attachment.base_head and head.keys() != attachment.base_head.keys():
-        changed = ", ".join(sorted(head.keys() ^ attachment.base_head.keys()))
-        raise AttachmentError(
-            f"the head is not what it was when the prefix was applied ({changed}); if PEFT wraps it, let it do so "
-            "first, or apply the prefix with head=False"
-        )
-    return head
-
-
-def swap_head(model: nn.Module, attachment: Attachment) -> None:
-    """Exchange the head's values with the base's; calling it again puts them back.
-
-    By ``.data``, so that a graph built before still finds its weights after the second call.
-    """
-    head = own_head(model, attachment)
-    for name, value in head.items():
-        value.data, attachment.base_head[name] = attachment.base_head[name].to(value), value.data
-
-
-def _add_hooks(model: PreTrainedModel, attachment: Attachment) -> None:
-    handles = attachment.handles
-    handed = internals.takes_any_keyword(model) and all(stack.hands_down for stack in attachment.stacks)
-    if attachment.config.infix:
-        labels = BeforeLabels(attachment.identity, tuple(signature(model.forward).parameters))
-        handles.append(model.register_forward_pre_hook(labels, with_kwargs=True))
-        handles.append(model.register_forward_hook(after_labels, always_call=True))
-    if sum(bool(stack.sites) for stack in attachment.stacks) > 1 and handed:
-        handles.append(model.register_forward_pre_hook(BeforeModel(attachment), with_kwargs=True))
-    for stack in attachment.stacks:
-        module = model.get_submodule(stack.path)
-        before = BeforeStack(attachment, stack, tuple(signature(module.forward).parameters))
-        # Last of the pre-hooks: what others add to the arguments is there already.
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(AfterStack(attachment, stack), with_kwargs=True, prepend=True))
-        if isinstance(attachment.engine, AttentionEngine) and not stack.hands_down:
-            handles.append(module.register_forward_hook(LeaveStack(attachment, stack), always_call=True))
-        for site in stack.sites[:1]:
-            inside = model.get_submodule(site.path)
-            handles.append(inside.register_forward_pre_hook(placement.refuse_tensor_parallel))
-        if isinstance(stack.positions, PositionTable):
-            table = module.get_submodule(stack.positions.path)
-            if not isinstance(table, nn.Embedding):
-                raise UnsupportedModelError(f"{stack.positions.path!r} of {stack.path!r} is no embedding table")
-            handles.append(table.register_forward_hook(look_up_placed))

@@ -39,11 +39,12 @@ from prefixkit.prefix_state import (
 from prefixkit.widening import widen_bias
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from transformers import PreTrainedConfig
 
     from prefixkit.attachment import Attachment
+    from prefixkit.mixture import Served
 
 
 class UnreachableAttentionError(EngineError):
@@ -74,31 +75,41 @@ class AttentionEngine:
         for config in self._configs(model, attachment):
             internals.check_wrappable(config)
 
-    def attach(self, model: nn.Module, attachment: Attachment) -> None:
-        """Stand before the attention functions of the sites and mark them."""
-        modules = (model.get_submodule(site.path) for site in attachment.layout.sites)
-        attachment.homes = tuple(dict.fromkeys(home for module in modules for home in internals.homes_of(module)))
-        stand_before_attention(attachment.homes)
-        for stack in attachment.stacks:
+    def attach(self, model: nn.Module, stacks: Sequence[Stack], key_of: Callable[[Stack], str]) -> tuple[str, ...]:
+        """Stand before the attention functions of the sites and mark them.
+
+        Args:
+            model: Whose they are.
+            stacks: With the sites of all prefixes.
+            key_of: Gives the key of a stack's state beside the call.
+
+        Returns:
+            The files whose attention functions the sites call.
+        """
+        modules = (model.get_submodule(site.path) for stack in stacks for site in stack.sites)
+        homes = tuple(dict.fromkeys(home for module in modules for home in internals.homes_of(module)))
+        stand_before_attention(homes)
+        for stack in stacks:
             for path in dict.fromkeys(site.path for site in stack.sites):
                 module = model.get_submodule(path)
                 sites = tuple(site for site in stack.sites if site.path == path)
                 module.__dict__[MARK] = SiteMark(
                     sites,
-                    attachment.state_key(stack),
+                    key_of(stack),
                     turns=stack.turns.get(path, 1),
                     stands_in=stack.site_forward is not None,
                 )
                 if stack.site_forward is not None:
                     internals.stand_in(module, stack.site_forward, is_served)
+        return homes
 
-    def detach(self, model: nn.Module, attachment: Attachment) -> None:
+    def detach(self, model: nn.Module, stacks: Sequence[Stack]) -> None:
         """Undo :meth:`attach`."""
-        for site in attachment.layout.sites:
-            module = model.get_submodule(site.path)
-            module.__dict__.pop(MARK, None)
-            internals.stand_aside(module)
-        for stack in attachment.stacks:
+        for stack in stacks:
+            for site in stack.sites:
+                module = model.get_submodule(site.path)
+                module.__dict__.pop(MARK, None)
+                internals.stand_aside(module)
             internals.give_back_checkpointing(model.get_submodule(stack.path), KeepingCheckpoint)
 
     @staticmethod
@@ -111,7 +122,7 @@ class AttentionEngine:
         return list({id(config): config for config in configs}.values())
 
     def before(
-        self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Attachment, flat: torch.Tensor
+        self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Served, flat: Any
     ) -> dict[str, Any]:
         """The stack's arguments with positions moved and the state added."""
         if internals.is_checkpointing(module) and internals.uses_reentrant_checkpointing(module):
@@ -132,20 +143,18 @@ class AttentionEngine:
         real = behind = None
         if stack.positions is not None or _slides(stack, attachment) or attachment.config.infix:
             call = StackCall.read(arguments, cache.get_seq_length() if cache is not None else 0)
-            behind = place_infix(arguments, call, attachment.identity) if attachment.config.infix else None
+            behind = place_infix(arguments, call, attachment.host) if attachment.config.infix else None
             moved = True if behind is None else behind
             real = place_positions(module, stack, arguments, call, attachment.offset(stack), moved=moved)
         state = self._state(module, stack, attachment, flat, real)
         state.behind = behind
         return self.send(module, stack, arguments, attachment, state)
 
-    def off(self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Attachment) -> dict[str, Any]:
+    def off(self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Served) -> dict[str, Any]:
         """The stack's arguments while the prefix is disabled."""
         return self.send(module, stack, arguments, attachment, OFF)
 
-    def after(
-        self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Attachment, output: Any
-    ) -> Any:
+    def after(self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Served, output: Any) -> Any:
         """The stack's output, unchanged.
 
         Raises:
@@ -164,7 +173,7 @@ class AttentionEngine:
 
     @staticmethod
     def send(
-        module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Attachment, state: PrefixState
+        module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Served, state: PrefixState
     ) -> dict[str, Any]:
         """Put ``state`` on its way to the attention."""
         if stack.hands_down:
@@ -176,7 +185,7 @@ class AttentionEngine:
 
     @staticmethod
     def _state(
-        module: nn.Module, stack: Stack, attachment: Attachment, flat: torch.Tensor, real: torch.Tensor | None
+        module: nn.Module, stack: Stack, attachment: Served, flat: Any, real: torch.Tensor | None
     ) -> PrefixState:
         config = attachment.config
         moved = None if real is None else real + config.num_virtual_tokens
@@ -188,13 +197,15 @@ class AttentionEngine:
             query_positions=moved,
             slide=config.window == "slide",
             dropout=config.prefix_dropout,
-            shifts=bool(attachment.offset(stack)),
+            shifts=attachment.shifts(stack),
             witness=None if torch.compiler.is_compiling() else Witness(),
             addition=attachment.addition(flat),
+            places=frozenset(here),
+            lengths=attachment.lengths(),
         )
         positions = stack.positions
         prefix_bias = positions.prefix_bias if isinstance(positions, PositionIds | RelativeBias) else None
-        if prefix_bias is not None and moved is not None and attachment.offset(stack):
+        if prefix_bias is not None and moved is not None and attachment.shifts(stack):
             with placement.whole_weights():
                 state.bias = prefix_bias(module, moved, config.num_virtual_tokens)
         return state
@@ -225,7 +236,7 @@ def _check_masks(path: str, module: nn.Module) -> None:
         )
 
 
-def _slides(stack: Stack, attachment: Attachment) -> bool:
+def _slides(stack: Stack, attachment: Served) -> bool:
     return attachment.config.window == "slide" and any(site.window for site in stack.sites)
 
 

@@ -21,9 +21,12 @@ from prefixkit.method import EMBEDDINGS
 from prefixkit.positions import place_positions
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from transformers.cache_utils import Cache
 
     from prefixkit.attachment import Attachment
+    from prefixkit.mixture import Served
 
 USE_ATTENTION = "use engine='attention'"
 
@@ -52,14 +55,15 @@ class CacheEngine:
                 f"{USE_ATTENTION}, or pass stacks=('decoder', 'cross')"
             )
 
-    def attach(self, model: nn.Module, attachment: Attachment) -> None:
+    def attach(self, model: nn.Module, stacks: Sequence[Stack], key_of: Callable[[Stack], str]) -> tuple[str, ...]:
         """Nothing to prepare: hooks on the stacks do it all."""
+        return ()
 
-    def detach(self, model: nn.Module, attachment: Attachment) -> None:
+    def detach(self, model: nn.Module, stacks: Sequence[Stack]) -> None:
         """Nothing to undo."""
 
     def before(
-        self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Attachment, flat: torch.Tensor
+        self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Served, flat: Any
     ) -> dict[str, Any]:
         """The stack's arguments with a filled cache, wider masks and moved positions."""
         if internals.is_checkpointing(module):
@@ -86,22 +90,14 @@ class CacheEngine:
             dtype = placement.compute_dtype(module)
             pieces = attachment.prepared(flat, dtype=dtype, training=module.training)
             fill_cache(cache, attachment, pieces, call.batch)
-        if call.mask is not None and _has_self_sites(attachment):
-            arguments["attention_mask"] = _widen(call.mask, tokens)
-        # A decoder that takes no such mask sees all of its encoder's states.
-        given = arguments.get("encoder_attention_mask") is not None
-        masked = given or internals.takes(module, "encoder_attention_mask")
-        if masked and _has_cross_sites(attachment) and arguments.get("encoder_hidden_states") is not None:
-            arguments["encoder_attention_mask"] = _wider_encoder_mask(arguments, tokens)
+        _widen_masks(module, arguments, call, attachment)
         return {**arguments, "past_key_values": cache}
 
-    def off(self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Attachment) -> dict[str, Any]:
+    def off(self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Served) -> dict[str, Any]:
         """The stack's arguments while the prefix is disabled, unchanged."""
         return arguments
 
-    def after(
-        self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Attachment, output: Any
-    ) -> Any:
+    def after(self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Served, output: Any) -> Any:
         """The stack's output, without the cache that we, not the caller, asked for."""
         asked = arguments.get("use_cache")
         if getattr(internals.config_of(module), "use_cache", True) if asked is None else asked:
@@ -162,7 +158,7 @@ def _check_policies(attachment: Attachment) -> None:
         )
 
 
-def fill_cache(cache: Cache, attachment: Attachment, pieces: dict[str, KeyValue], batch: int) -> None:
+def fill_cache(cache: Cache, attachment: Served, pieces: dict[str, KeyValue], batch: int) -> None:
     """Put the prefix of decoder and cross sites into an empty native cache.
 
     Args:
@@ -185,15 +181,15 @@ def fill_cache(cache: Cache, attachment: Attachment, pieces: dict[str, KeyValue]
     internals.mark_prefix(cache, attachment.identity)
 
 
-def _has_self_sites(attachment: Attachment) -> bool:
+def _has_self_sites(attachment: Served) -> bool:
     return any(site.stack == "decoder" for site in attachment.layout.sites)
 
 
-def _has_cross_sites(attachment: Attachment) -> bool:
+def _has_cross_sites(attachment: Served) -> bool:
     return any(site.stack == "cross" for site in attachment.layout.sites)
 
 
-def _held(cache: Any, attachment: Attachment) -> int:
+def _held(cache: Any, attachment: Served) -> int:
     """Real tokens in ``cache``, beside the virtual ones if it holds the prefix.
 
     Refuses a cache that is not ours to fill or to go on from.
@@ -232,7 +228,7 @@ def _check_mask(arguments: dict[str, Any], call: StackCall) -> None:
         )
 
 
-def _check_padding(stack: Stack, call: StackCall, attachment: Attachment) -> None:
+def _check_padding(stack: Stack, call: StackCall, attachment: Served) -> None:
     """Distances in a native cache count padding: refuse it where distance matters."""
     if call.mask is None or not (call.mask == 0).any():
         return
@@ -257,16 +253,55 @@ def _check_positions(given: torch.Tensor | None, call: StackCall, first: int) ->
         )
 
 
-def _widen(mask: torch.Tensor, tokens: int) -> torch.Tensor:
-    """``mask (batch, length)`` with ones for the prefix in front."""
-    return torch.cat([mask.new_ones(mask.shape[0], tokens), mask], dim=1)
+def _widen_masks(module: nn.Module, arguments: dict[str, Any], call: StackCall, attachment: Served) -> None:
+    """Give the masks in ``arguments`` the columns of the prefix, which the cache has."""
+    tokens = attachment.config.num_virtual_tokens
+    visible = _visible(attachment, "decoder")
+    if _has_self_sites(attachment) and (call.mask is not None or visible is not None):
+        arguments["attention_mask"] = _widen(_whole(call), tokens, visible)
+    if not _has_cross_sites(attachment) or arguments.get("encoder_hidden_states") is None:
+        return
+    visible = _visible(attachment, "cross")
+    # A decoder that takes no such mask sees all of its encoder's states.
+    given = arguments.get("encoder_attention_mask") is not None
+    if given or internals.takes(module, "encoder_attention_mask"):
+        arguments["encoder_attention_mask"] = _wider_encoder_mask(arguments, tokens, visible)
+    elif visible is not None:
+        raise EngineError(
+            f"{type(module).__name__} takes no mask for its encoder's states, which rows with prefixes of their own "
+            f"need; {USE_ATTENTION}"
+        )
 
 
-def _wider_encoder_mask(arguments: dict[str, Any], tokens: int) -> torch.Tensor:
+def _visible(attachment: Served, stack: str) -> torch.Tensor | None:
+    """Which virtual tokens each row sees, ``(batch, P)``; ``None``: all do. A cache has one length in all layers."""
+    lengths = attachment.lengths()
+    place = next((site.place for site in attachment.layout.sites if site.stack == stack), None)
+    if lengths is None or place is None:
+        return None
+    tokens = attachment.config.num_virtual_tokens
+    return torch.arange(tokens) >= tokens - lengths[place][:, None]
+
+
+def _whole(call: StackCall) -> torch.Tensor:
+    """The mask of a call; of one without, that all tokens are real."""
+    if call.mask is not None:
+        return call.mask
+    assert isinstance(call.past, int), "no static cache gets here"
+    return torch.ones(call.batch, call.past + call.queries, dtype=torch.long, device=call.device)
+
+
+def _widen(mask: torch.Tensor, tokens: int, visible: torch.Tensor | None) -> torch.Tensor:
+    """``mask (batch, length)`` with the prefix in front: ones, or what is ``visible`` of it."""
+    front = mask.new_ones(mask.shape[0], tokens) if visible is None else visible.to(mask)
+    return torch.cat([front, mask], dim=1)
+
+
+def _wider_encoder_mask(arguments: dict[str, Any], tokens: int, visible: torch.Tensor | None) -> torch.Tensor:
     states = arguments["encoder_hidden_states"]
     mask = arguments.get("encoder_attention_mask")
     if mask is None:
         mask = torch.ones(states.shape[:2], dtype=torch.long, device=states.device)
     if mask.ndim != 2:
         raise EngineError(f"the cache engine takes 2-D encoder masks only; {USE_ATTENTION}")
-    return _widen(mask, tokens)
+    return _widen(mask, tokens, visible)

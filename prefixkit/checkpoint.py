@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,17 +14,18 @@ from transformers import PreTrainedModel
 from prefixkit import checkpoint_files
 from prefixkit.adapter import Adapter, Site
 from prefixkit.assembly import build, check_model
-from prefixkit.attachment import Attachment, require
+from prefixkit.attachment import Attachment
 from prefixkit.errors import CheckpointError, ConfigError, MethodError
-from prefixkit.head import choose_head, head_parameters
-from prefixkit.lifecycle import put_on
+from prefixkit.head import choose_head
+from prefixkit.lifecycle import changing, check_free
 from prefixkit.method import Method
 from prefixkit.prefix_config import PrefixConfig
+from prefixkit.prefixes import require
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def save(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
+def save(model: PreTrainedModel, directory: str | os.PathLike[str], *, name: str | None = None) -> None:
     """Write the model's prefix, and its head if that trained, to ``directory``.
 
     Example::
@@ -35,11 +36,16 @@ def save(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
     that training can go on; :func:`prefixkit.fold` first for the smallest file. A crash leaves the
     old checkpoint or the new one. Under FSDP2 every process has to call, and the first one writes.
 
+    Args:
+        model: A model with a prefix.
+        directory: Where; a folder is made.
+        name: Of several prefixes, which; the active one by default.
+
     Raises:
-        AttachmentError: If the model has no prefix.
+        AttachmentError: If the model has no prefix, or none of that name.
         CheckpointError: If ``directory`` is a file, or the prefix is offloaded.
     """
-    attachment = require(model)
+    attachment = require(model).named(name)
     tensors = attachment.whole_tensors(model)
     if attachment.writes():
         checkpoint_files.write(Path(directory), attachment.config, tensors)
@@ -50,6 +56,7 @@ def load(
     directory: str | os.PathLike[str],
     *,
     trainable: bool = False,
+    name: str | None = None,
     adapter: Adapter | None = None,
     method: Method | None = None,
 ) -> Model:
@@ -61,9 +68,11 @@ def load(
         prefixkit.load(model, "my-prefix")  # or trainable=True, to train on
 
     Args:
-        model: A bare model of the architecture that the prefix was trained for.
+        model: A model of the architecture that the prefix was trained for. Prefixes that it has already stay; the
+            one that is loaded becomes the active one.
         directory: Where :func:`prefixkit.save`, or a ``Trainer``, wrote it.
         trainable: Whether prefix (with its MLP) and head train on; else all is frozen.
+        name: What to call it here, if not as it was called when it was saved.
         adapter: Overrules the installed plugins.
         method: Overrules them too; it must have the name that is stored.
 
@@ -72,7 +81,7 @@ def load(
 
     Raises:
         CheckpointError: If the checkpoint is missing, damaged, or for another architecture or shape.
-        AttachmentError: If the model already has a prefix.
+        AttachmentError: If the model already has a prefix of that name.
         UnknownAdapterError: If the plugin for the model's type failed to load.
         EngineError: If the stored policies cannot be honoured here.
 
@@ -88,11 +97,15 @@ def load(
         )
     if method is not None and method.name != config.method:
         raise CheckpointError(f"the prefix in {str(folder)!r} is of method {config.method!r}, not of {method.name!r}")
-    attachment = _build(model, config, adapter, method, folder)
-    _check_sites(config.sites, attachment.layout.sites, folder)
-    _check_shapes(checkpoint_files.read_shapes(folder), attachment, model, folder)
-    tensors = checkpoint_files.read_tensors(folder)
-    put_on(model, attachment)
+    if name is not None:
+        config = replace(config, name=name)
+    check_free(model, config.name)
+    with changing(model) as prefixes:
+        attachment = _build(model, config, adapter, method, folder)
+        _check_sites(config.sites, attachment.layout.sites, folder)
+        _check_shapes(checkpoint_files.read_shapes(folder), attachment, model, folder)
+        tensors = checkpoint_files.read_tensors(folder)
+        prefixes.add(attachment)
     _copy(tensors, attachment, model)
     if not trainable:
         model.requires_grad_(False)
@@ -134,8 +147,7 @@ def _check_shapes(
 
 
 def _copy(tensors: Mapping[str, torch.Tensor], attachment: Attachment, model: PreTrainedModel) -> None:
-    head = {f"head.{name}": value for name, value in head_parameters(model, attachment.config.head).items()}
-    own = {**dict(attachment.encoder.named_parameters()), **dict(attachment.encoder.named_buffers()), **head}
+    own = {**attachment.parameters(model), **dict(attachment.encoder.named_buffers())}
     with torch.no_grad():
         for name, value in tensors.items():
             own[name].copy_(value)

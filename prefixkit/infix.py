@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from prefixkit.adapter import Stack
     from prefixkit.call import StackCall
     from prefixkit.prefix_config import PrefixConfig
+    from prefixkit.prefixes import Prefixes
 
 IGNORED = -100
 """The label of a token that is not to be predicted."""
@@ -34,7 +35,7 @@ class Frame:
     """Where y begins in each row of a call, ``(batch or 1,)``.
 
     Attributes:
-        identity: Of the attachment whose model is called.
+        identity: Of the prefixes whose model is called.
         starts: ``None`` if nothing says it.
         outer: What held before the call.
         generates: Whether the call is ``generate``, so that it holds for the forwards in it.
@@ -110,12 +111,15 @@ def check_infix(config: PrefixConfig, stacks: Iterable[Stack]) -> None:
 class BeforeLabels:
     """Forward pre-hook of the model: the first label says where y begins."""
 
-    def __init__(self, identity: str, names: tuple[str, ...]) -> None:
-        self.identity = identity
+    def __init__(self, prefixes: Prefixes, names: tuple[str, ...]) -> None:
+        self.prefixes = prefixes
+        self.identity = prefixes.identity
         self.names = names
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note it for this call, or what :class:`GenerateBehind` said still holds."""
+        if not self.prefixes.attachment.config.infix:
+            return
         labels = {**dict(zip(self.names, args, strict=False)), **kwargs}.get("labels")
         generating = _frame_of(self.identity, generates=True)
         starts = generating.starts if generating else None
@@ -127,21 +131,31 @@ class BeforeLabels:
         _starts.set(Frame(self.identity, starts, _starts.get()))
 
 
-def after_labels(*_: Any) -> None:
+class AfterLabels:
     """Forward hook of the model, also where its forward fails: forget what :class:`BeforeLabels` noted."""
-    frame = _starts.get()
-    _starts.set(frame.outer if frame else None)
+
+    def __init__(self, prefixes: Prefixes) -> None:
+        self.prefixes = prefixes
+
+    def __call__(self, *_: Any) -> None:
+        """Forget it."""
+        if self.prefixes.attachment.config.infix:
+            frame = _starts.get()
+            _starts.set(frame.outer if frame else None)
 
 
 class GenerateBehind(OwnGenerate):
     """Stands in for ``model.generate``: y begins with the last token of the prompt."""
 
-    def __init__(self, model: PreTrainedModel, identity: str) -> None:
+    def __init__(self, model: PreTrainedModel, prefixes: Prefixes) -> None:
         super().__init__(model)
-        self.identity = identity
+        self.prefixes = prefixes
+        self.identity = prefixes.identity
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the method of the class."""
+        if not self.prefixes.attachment.config.infix:
+            return self.original()(*args, **kwargs)
         if kwargs.get("past_key_values") is not None and kwargs["past_key_values"].get_seq_length():
             raise EngineError(
                 "with infix=True a cache that holds a text cannot start generate(): its tokens stand before and behind "

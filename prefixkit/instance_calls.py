@@ -16,12 +16,12 @@ import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
 from prefixkit import checkpoint_files, transformers_internals as internals
-from prefixkit.attachment import require
 from prefixkit.beside_peft import has_peft_layers, peft_parameters
 from prefixkit.cache_engine import CacheEngine
 from prefixkit.errors import CheckpointError, EngineError
 from prefixkit.infix import GenerateBehind
 from prefixkit.own_generate import OwnGenerate
+from prefixkit.prefixes import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +47,7 @@ class SavePretrained:
         """Save prefix and head, with a copy under the name that ``Trainer`` resumes from."""
         if push_to_hub:
             raise CheckpointError("pushing a prefix to the hub is not supported; save it and upload the folder")
-        attachment = require(self.model)
+        attachment = require(self.model).attachment
         if state_dict is None:
             tensors = attachment.whole_tensors(self.model)
             is_main_process = is_main_process and attachment.writes()
@@ -96,7 +96,7 @@ class LoadStateDict:
 
     def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
         """As the method of the class; without ``strict`` only prefix and head can be missing."""
-        attachment = require(self.model)
+        attachment = require(self.model).attachment
         method = type(self.model).load_state_dict
         missing, unexpected = method(self.model, state_dict, strict=strict, assign=assign)
         ours = {attachment.state_name(name) for name in attachment.tensors(self.model)}
@@ -133,16 +133,18 @@ CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous
 
 def start_answering(model: PreTrainedModel) -> None:
     """Have this instance answer the calls of this module itself, and remember what it answered before."""
-    attachment = require(model)
+    prefixes = require(model)
+    attachments = prefixes.attachments.values()
     answers: dict[str, Any] = dict.fromkeys(CONTINUOUS_BATCHING, RefuseContinuousBatching())
     answers |= {"save_pretrained": SavePretrained(model), "load_state_dict": LoadStateDict(model)}
-    if isinstance(attachment.engine, CacheEngine) and model.can_generate():
+    if isinstance(prefixes.attachment.engine, CacheEngine) and model.can_generate():
         answers["generate"] = Generate(model)
-    if attachment.config.infix and model.can_generate():
-        answers["generate"] = GenerateBehind(model, attachment.identity)
+    if any(one.config.infix for one in attachments) and model.can_generate():
+        answers["generate"] = GenerateBehind(model, prefixes)
+    prefixes.displaced = {}
     for name, answer in answers.items():
         if name in model.__dict__:
-            attachment.displaced[name] = model.__dict__[name]
+            prefixes.displaced[name] = model.__dict__[name]
         model.__dict__[name] = answer
 
 

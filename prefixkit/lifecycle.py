@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from prefixkit.adapter import Adapter, Site
 from prefixkit.additions import GATE
 from prefixkit.assembly import build, check_model, stacks_of
-from prefixkit.attachment import MODULE, Attachment, find, install, own_head, require, swap_head, uninstall
+from prefixkit.attachment import MODULE
 from prefixkit.discovery import installed
 from prefixkit.errors import AttachmentError, ConfigError, EngineError
 from prefixkit.frozen import add_frozen
@@ -25,6 +25,7 @@ from prefixkit.layout import Layout
 from prefixkit.method import MEMORY, PREFIX, Method
 from prefixkit.prefix_config import PrefixConfig
 from prefixkit.prefix_encoder import PrefixEncoder, flat_encoder
+from prefixkit.prefixes import Prefixes, find, install, require, switch, uninstall, with_base_head
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -126,20 +127,75 @@ def apply(
         model_type=model_type,
         base_model_name_or_path=getattr(model.config, "_name_or_path", "") or "",
     )
-    attachment = build(model, config, adapter, chosen)
-    attachment.config = replace(attachment.config, head=choose_head(model, head, attachment.stacks))
-    initialise(model, attachment, init)
-    put_on(model, attachment)
+    check_free(model, name)
+    with changing(model) as prefixes:
+        attachment = build(model, config, adapter, chosen)
+        attachment.config = replace(attachment.config, head=choose_head(model, head, attachment.stacks))
+        initialise(model, attachment, init)
+        prefixes.add(attachment)
     return model
 
 
-def put_on(model: PreTrainedModel, attachment: Attachment) -> None:
-    """Install the attachment, and have the model answer the Trainer's calls for itself."""
-    install(model, attachment)
+@contextmanager
+def changing(model: PreTrainedModel) -> Iterator[Prefixes]:
+    """Inside, the model is the bare base; afterwards it has the prefixes that the block has left in what it was given.
+
+    On any error it has those that it had.
+
+    Raises:
+        AttachmentError: Inside blocks in which the model is not itself.
+    """
+    old = find(model)
+    if old is None:
+        new = Prefixes()
+        yield new
+        put_on(model, new)
+        return
+    check_outside(old)
+    trained = {name: value.requires_grad for name, value in model.named_parameters()}
+    take_off(model)
+    new = replace(old, attachments=dict(old.attachments))
+    try:
+        yield new
+        put_on(model, new)
+    except BaseException:
+        put_on(model, old)
+        raise
+    finally:
+        # Of the base, and of what others put into it; prefixes and heads know for themselves.
+        own = {name for one in require(model).attachments.values() for name in one.head_names}
+        for name, value in model.named_parameters():
+            if name in trained and name not in own and not name.startswith(f"{MODULE}."):
+                value.requires_grad_(trained[name])
+
+
+def check_free(model: PreTrainedModel, name: str) -> None:
+    """Raise if the model has a prefix of that name.
+
+    Raises:
+        AttachmentError: If it has.
+    """
+    prefixes = find(model)
+    if prefixes is not None and name in prefixes.attachments:
+        raise AttachmentError(
+            f"this {type(model).__name__} already has a prefix {name!r}; pass another name=, or take that one off "
+            f"first, with prefixkit.remove(model, name={name!r})"
+        )
+
+
+def put_on(model: PreTrainedModel, prefixes: Prefixes) -> None:
+    """Install the prefixes, and have the model answer the Trainer's calls for itself."""
+    install(model, prefixes)
     start_answering(model)
 
 
-def remove(model: Model) -> Model:
+def take_off(model: PreTrainedModel) -> None:
+    """The inverse of :func:`put_on`."""
+    stop_answering(model)
+    uninstall(model)
+
+
+def remove(model: Model, name: str | None = None) -> Model:
     """Take the prefix off: outputs, state-dict keys, configs and ``requires_grad`` are the base's again.
 
     Example::
@@ -150,19 +206,67 @@ def remove(model: Model) -> Model:
     A head that trained goes back to the values it had before ``apply``; save first what you want
     to keep.
 
+    Args:
+        model: A model with prefixes.
+        name: Of several prefixes, the one to take off, which must not be the active one; all by default.
+
     Raises:
-        AttachmentError: If the model has no prefix, or inside :func:`disabled`.
+        AttachmentError: If the model has no prefix, none of that name, or inside :func:`disabled`.
     """
-    attachment = require(model)
-    if not attachment.enabled:
-        raise AttachmentError("remove the prefix outside of prefixkit.disabled")
-    own_head(model, attachment)
-    stop_answering(model)
-    uninstall(model, attachment)
+    prefixes = require(model)
+    check_outside(prefixes)
+    attachment = prefixes.named(name)
+    prefixes.attachment.own_head(model)
+    if name is not None and len(prefixes.attachments) > 1:
+        if attachment is prefixes.attachment:
+            others = ", ".join(repr(other) for other in prefixes.attachments if other != name)
+            raise AttachmentError(f"prefix {name!r} is active; activate another one first ({others})")
+        with changing(model) as left:
+            del left.attachments[name]
+        return model
+    take_off(model)
     return model
 
 
-def unfreeze(model: Model) -> Model:
+def check_outside(prefixes: Prefixes) -> None:
+    """Raise inside blocks in which the model is not itself."""
+    if not prefixes.enabled or prefixes.rows is not None:
+        raise AttachmentError("add, activate and remove prefixes outside of prefixkit.disabled and prefixkit.rows")
+
+
+def activate(model: Model, name: str) -> Model:
+    """Have the prefix ``name`` serve every call, and train; the others are frozen and do nothing.
+
+    Example::
+
+        prefixkit.load(model, "summaries", name="summaries")
+        prefixkit.load(model, "dialogue", name="dialogue")  # the last one loaded is active
+        prefixkit.activate(model, "summaries")
+
+    It trains if it did when it was active last. Its head is in the model; the others keep theirs.
+
+    Raises:
+        AttachmentError: If the model has no prefix of that name, or inside :func:`disabled` or :func:`rows`.
+    """
+    prefixes = require(model)
+    check_outside(prefixes)
+    prefixes.named(name)
+    switch(model, prefixes, name)
+    return model
+
+
+def names(model: PreTrainedModel) -> list[str]:
+    """The names of the model's prefixes, in the order in which they came; none for a bare model.
+
+    Example::
+
+        prefixkit.names(model)  # ["summaries", "dialogue"]; prefixkit.config(model).name is the active one
+    """
+    prefixes = find(model)
+    return [] if prefixes is None else list(prefixes.attachments)
+
+
+def unfreeze(model: Model, name: str | None = None) -> Model:
     """Have prefix and head train: again, after something else froze them, or for the first time after ``load``.
 
     Example::
@@ -171,13 +275,20 @@ def unfreeze(model: Model) -> Model:
         model.add_adapter(LoraConfig(...))  # PEFT freezes all but its own
         prefixkit.unfreeze(model)
 
+    Args:
+        model: A model with prefixes.
+        name: Which of them; the active one by default. Another one trains where rows name it
+            (:func:`prefixkit.rows`), without its head.
+
     Raises:
-        AttachmentError: If the model has no prefix.
+        AttachmentError: If the model has no prefix, or none of that name.
     """
-    attachment = require(model)
+    prefixes = require(model)
+    attachment = prefixes.named(name)
     attachment.encoder.requires_grad_(True)
-    for value in own_head(model, attachment).values():
-        value.requires_grad_(True)
+    if attachment is prefixes.attachment:
+        for value in attachment.own_head(model).values():
+            value.requires_grad_(True)
     return model
 
 
@@ -193,16 +304,8 @@ def disabled(model: Model) -> Iterator[Model]:
     Raises:
         AttachmentError: If the model has no prefix.
     """
-    attachment = require(model)
-    if attachment.enabled:
-        swap_head(model, attachment)
-    attachment.disablers += 1
-    try:
+    with with_base_head(model, require(model)):
         yield model
-    finally:
-        attachment.disablers -= 1
-        if attachment.enabled:
-            swap_head(model, attachment)
 
 
 def fold(model: Model) -> Model:
@@ -220,7 +323,7 @@ def fold(model: Model) -> Model:
         AttachmentError: If the model has no prefix.
         EngineError: If it is sharded or offloaded.
     """
-    attachment = require(model)
+    attachment = require(model).attachment
     if attachment.gives == MEMORY or (isinstance(attachment.encoder, PrefixEncoder) and attachment.encoder.is_flat):
         return model
     if attachment.is_sharded():
@@ -252,24 +355,24 @@ def sites(model: PreTrainedModel) -> list[Site]:
         UnknownAdapterError: If the model is bare and the plugin for its type failed to load.
         UnsupportedModelError: If it is no transformers model.
     """
-    attachment = find(model) if isinstance(model, nn.Module) else None
-    if attachment is not None:
-        return list(attachment.layout.sites)
+    prefixes = find(model) if isinstance(model, nn.Module) else None
+    if prefixes is not None:
+        return list(prefixes.attachment.layout.sites)
     adapter = installed().adapter_for(check_model(model))
     return list(Layout(site for stack in stacks_of(model, adapter) for site in stack.sites).sites)
 
 
-def config(model: PreTrainedModel) -> PrefixConfig:
-    """What the model's prefix is.
+def config(model: PreTrainedModel, name: str | None = None) -> PrefixConfig:
+    """What the model's prefix is: the active one, or that called ``name``.
 
     Example::
 
         prefixkit.config(model).num_virtual_tokens
 
     Raises:
-        AttachmentError: If the model has no prefix.
+        AttachmentError: If the model has no prefix, or none of that name.
     """
-    return require(model).config
+    return require(model).named(name).config
 
 
 def _listed(field: str, values: Sequence[Any] | None, what: str) -> tuple[Any, ...] | None:

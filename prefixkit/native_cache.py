@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from prefixkit import placement, transformers_internals as internals
-from prefixkit.attachment import require
 from prefixkit.cache_engine import check_cacheable, fill_cache
 from prefixkit.errors import ConfigError, EngineError
 from prefixkit.layout import KeyValue
+from prefixkit.prefixes import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +48,7 @@ def to_cache(model: PreTrainedModel, batch_size: int = 1) -> Cache:
             counts positions from the cache's length, a pinned prefix in sliding windows, a choice
             of layers, or a prefix on an encoder only.
     """
-    attachment = require(model)
+    attachment = require(model).attachment
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}; it must be 1 or more")
     check_cacheable(attachment)

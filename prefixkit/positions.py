@@ -25,11 +25,17 @@ writes them, and the table's, which takes them, but the start of the stack's own
 
 
 def place_positions(
-    module: nn.Module, stack: Stack, arguments: dict[str, Any], call: StackCall, offset: int, *, moved: Any = True
+    module: nn.Module,
+    stack: Stack,
+    arguments: dict[str, Any],
+    call: StackCall,
+    offset: int | torch.Tensor,
+    *,
+    moved: Any = True,
 ) -> torch.Tensor:
     """Give the stack its positions, moved by ``offset``, in ``arguments`` or in its table.
 
-    Only those that ``moved (batch or 1, queries)`` says are moved.
+    The offset is one for all rows, or ``(batch, 1)``. Only those that ``moved (batch or 1, queries)`` says are moved.
 
     Returns:
         The positions of the real tokens before moving, ``(batch or 1, queries)``.
@@ -38,16 +44,18 @@ def place_positions(
         EngineError: If the model has no position that far.
     """
     kind = stack.positions
+    farthest = offset if isinstance(offset, int) else int(offset.max())
+    offset = offset if isinstance(offset, int) else offset.to(call.device)
     if isinstance(kind, PositionIds):
         given = arguments.get("position_ids")
         # Some models (XLM) want ids for every row.
         real = call.token_positions().expand(call.batch, -1) if given is None else given - kind.offset
-        _check_limit(real, kind.limit, offset, call)
+        _check_limit(real, kind.limit, farthest, call)
         arguments["position_ids"] = real + offset * moved + kind.offset
         return real
     real = call.token_positions()
     if isinstance(kind, PositionTable):
-        _check_limit(real, kind.limit, offset, call)
+        _check_limit(real, kind.limit, farthest, call)
         _under_way.rows = (id(module.get_submodule(kind.path)), real + offset * moved + kind.offset)
     return real
 

@@ -23,7 +23,7 @@ from torch import nn
 from prefixkit.adapter import Site
 from prefixkit.errors import EngineError
 from prefixkit.layout import KeyValue
-from prefixkit.widening import put_in_front, widen_bias, widen_block_mask, widen_mask
+from prefixkit.widening import hide_columns, put_in_front, widen_bias, widen_block_mask, widen_mask
 
 if TYPE_CHECKING:
     from prefixkit.additions import Addition
@@ -32,6 +32,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 STATE = "prefix_state"
 """The keyword argument under which the state travels."""
+NO_MASK = (
+    "a prefix that only some queries see (window='slide', infix=True, prefixkit.rows) is not served where attention is "
+    "called without a mask, as here; pass attention_mask, or make the model with attn_implementation='eager'"
+)
 MARK = "_prefixkit_site"
 """The attribute that marks an attention module as a site."""
 
@@ -63,6 +67,9 @@ class PrefixState:
         behind: Which queries stand behind the prefix and see it, ``(batch or 1, queries)``; ``None``: all.
         read: Where there is no prefix yet: takes the keys and values that the base makes of a text, by the
             site's place; of several runs of a stack those of the first.
+        places: Of the sites that have a prefix in this call; others on the model are left alone.
+        lengths: Where rows have prefixes of their own: how many of the virtual tokens, the last ones, each row
+            sees, ``(batch,)`` by the site's place. K and V are then ``(batch, kv_heads, P, dim)``.
     """
 
     pieces: dict[str, KeyValue]
@@ -77,6 +84,8 @@ class PrefixState:
     addition: Addition | None = None
     behind: torch.Tensor | None = None
     read: dict[str, KeyValue] | None = None
+    places: frozenset[str] = frozenset()
+    lengths: Mapping[str, torch.Tensor] | None = None
     _causal: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     _block_masks: list[tuple[Any, tuple[int | None, int], Any]] = field(default_factory=list)
 
@@ -89,7 +98,11 @@ class PrefixState:
 
     def tokens(self, site: Site) -> int:
         """How many virtual tokens ``site`` has: the last ones of the prefix."""
-        return self.pieces[site.place].key.shape[1]
+        return self.pieces[site.place].key.shape[-2]
+
+    def serves(self, site: Site) -> bool:
+        """Whether ``site`` has a prefix in this call."""
+        return self.read is not None or site.place in self.places
 
     def widened(self, mask: Any, site: Site, batch: int) -> Any:
         """``mask`` with the prefix's columns in front; a block mask is widened once for sites that are alike."""
@@ -117,9 +130,22 @@ class PrefixState:
             self.read.setdefault(site.place, KeyValue(key[0], value[0]))
 
     def seen(self, site: Site) -> torch.Tensor | None:
-        """Which queries see which virtual tokens, ``(batch or 1, 1, queries, P)``; ``None``: all do."""
+        """Which queries see which virtual tokens, ``(batch or 1, 1, queries or 1, P)``; ``None``: all do."""
         if self.behind is not None:
             return self.behind[:, None, :, None].expand(-1, -1, -1, self.tokens(site))
+        own, near = self._own(site), self._near(site)
+        return near if own is None else own if near is None else own.to(near.device) & near
+
+    def _own(self, site: Site) -> torch.Tensor | None:
+        """Which virtual tokens are each row's own, ``(batch, 1, 1, P)``; ``None``: all are every row's."""
+        if self.lengths is None:
+            return None
+        lengths = self.lengths[site.place]
+        columns = torch.arange(self.tokens(site), device=lengths.device)
+        return columns >= self.tokens(site) - lengths[:, None, None, None]
+
+    def _near(self, site: Site) -> torch.Tensor | None:
+        """Which virtual tokens stand in the site's window, ``(batch or 1, 1, queries, P)``; ``None``: all do."""
         if not self.slide or site.window is None or self.query_positions is None:
             return None
         first = self.num_virtual_tokens - self.tokens(site)
@@ -255,7 +281,7 @@ def find_state(module: nn.Module, arguments: dict[str, Any], *, looks: bool = Fa
     if state.witness is not None and not looks:
         state.witness.reached = True
     site = mark.site(state, looks=looks)
-    return None if site is None else (site, state)
+    return None if site is None or not state.serves(site) else (site, state)
 
 
 def stands_in(module: nn.Module) -> bool:
@@ -304,15 +330,29 @@ def in_front(
         state.note(site, key, value)
         return key, value, mask
     seen = state.seen(site)
-    if seen is not None and (mask is None or state.bias is not None):
-        raise EngineError("a prefix that only some queries see (window='slide', infix=True) is not served here")
+    if seen is not None and mask is None:
+        raise EngineError(NO_MASK)
     bias = state.bias_of(site)
     if mask is not None and bias is not None:
         mask = widen_bias(mask, bias, state.tokens(site), len(key))
+        if seen is not None:
+            mask = hide_columns(mask, seen)
     elif mask is not None:
         mask = state.widened(mask, site, len(key))
     key, value = put_before(module, site, state, key, value)
     return key, value, mask
+
+
+def keys_in_front(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`in_front`, where the mask is seen to elsewhere."""
+    found = find_state(module, {})
+    if found is None:
+        return key, value
+    site, state = found
+    if state.read is not None:
+        state.note(site, key, value)
+        return key, value
+    return put_before(module, site, state, key, value)
 
 
 def put_before(

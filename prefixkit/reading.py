@@ -147,7 +147,7 @@ def _read_into(pieces: dict[str, KeyValue], model: PreTrainedModel, attachment: 
     engine = AttentionEngine()
     handles: list[Any] = []
     try:
-        engine.attach(model, attachment)
+        engine.attach(model, attachment.stacks, attachment.state_key)
         for stack in attachment.stacks:
             module = model.get_submodule(stack.path)
             handles.append(module.register_forward_pre_hook(_sender(stack, attachment, pieces), with_kwargs=True))
@@ -155,7 +155,7 @@ def _read_into(pieces: dict[str, KeyValue], model: PreTrainedModel, attachment: 
     finally:
         for handle in handles:
             handle.remove()
-        engine.detach(model, attachment)
+        engine.detach(model, attachment.stacks)
         for stack in attachment.stacks:
             take_away(attachment.state_key(stack))
 

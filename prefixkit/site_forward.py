@@ -14,7 +14,7 @@ from torch import nn
 
 from prefixkit import transformers_internals as internals
 from prefixkit.errors import EngineError
-from prefixkit.prefix_state import find_state, in_front
+from prefixkit.prefix_state import NO_MASK, find_state, keys_in_front
 
 
 class CacheInFront:
@@ -36,8 +36,7 @@ class CacheInFront:
         self.used = True
         if self.cache is not None:
             key, value = self.cache.update(key, value, *args, **kwargs)
-        key, value, _ = in_front(self.module, key, value)
-        return key, value
+        return keys_in_front(self.module, key, value)
 
     def get_seq_length(self, *args: Any) -> Any:
         """How many tokens the cache holds."""
@@ -80,7 +79,9 @@ def through_cache(
             )
     arguments = {**dict(zip(names, args, strict=False)), **kwargs}
     cache = CacheInFront(module, arguments.get(cache_name))
-    if mask_name is not None:
+    if mask_name is None:
+        _check_all_see(module)
+    else:
         _check_mask(module, arguments.get(mask_name), arguments[names[0]])
         arguments[mask_name] = mask_in_front(module, arguments.get(mask_name))
     output = type(module).forward(module, **{**arguments, cache_name: cache})
@@ -111,12 +112,22 @@ def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
 
 def mask_in_front(module: nn.Module, mask: torch.Tensor | None) -> torch.Tensor | None:
     """The mask of one attention call with the prefix's columns in front, as :func:`prefixkit.in_front` gives it."""
+    if mask is None:
+        _check_all_see(module)
+        return None
     found = find_state(module, {}, looks=True)
-    if found is None or mask is None or found[1].read is not None:
+    if found is None or found[1].read is not None:
         return mask
     site, state = found
     wide: torch.Tensor = state.widened(mask, site, len(mask))
     return wide
+
+
+def _check_all_see(module: nn.Module) -> None:
+    """Raise if some queries do not see some virtual tokens, and there is no mask that could say so."""
+    found = find_state(module, {}, looks=True)
+    if found is not None and found[1].read is None and found[1].seen(found[0]) is not None:
+        raise EngineError(NO_MASK)
 
 
 def alibi_in_front(module: nn.Module, alibi: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:

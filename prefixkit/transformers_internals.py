@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, wraps
@@ -369,6 +369,15 @@ def held_prefix(cache: object) -> str | None:
     own = self_and_cross(cache)[0] if isinstance(cache, Cache) else None
     identity: str | None = getattr(own, HELD, None)
     return identity
+
+
+def rows_for_each(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """How many rows ``generate``, called so, makes of each that it is given: beams, or sequences to return."""
+    names = tuple(signature(type(model).generate).parameters)[1:]  # type: ignore[attr-defined]
+    named = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = named.get("generation_config") or getattr(model, "generation_config", None)
+    counts = (named.get(name) or getattr(given, name, None) or 1 for name in ("num_beams", "num_return_sequences"))
+    return max(counts)
 
 
 def cache_in(output: Any) -> Cache | None:

@@ -22,7 +22,7 @@ def widen_mask(mask: torch.Tensor, seen: torch.Tensor | None, columns: int) -> t
 
     Args:
         mask: The mask of the real keys.
-        seen: Which queries see which virtual tokens, ``(batch or 1, 1, queries, columns)``;
+        seen: Which queries see which virtual tokens, ``(batch or 1, 1, queries or 1, columns)``;
             ``None``: all do.
         columns: Length P of the prefix.
     """
@@ -43,7 +43,7 @@ def widen_block_mask(mask: Any, seen: torch.Tensor | None, columns: int, batch: 
     real: Callable[..., torch.Tensor] = mask.mask_mod
     queries, keys = mask.seq_lengths
     # Each row of the mask is looked up by its number.
-    seen = None if seen is None else seen.expand(batch, -1, -1, -1)
+    seen = None if seen is None else seen.expand(batch, -1, queries, -1)
 
     def wider(row: Any, head: Any, query: Any, key: torch.Tensor) -> torch.Tensor:
         is_prefix = key < columns
@@ -68,8 +68,20 @@ def widen_bias(bias: torch.Tensor, front: torch.Tensor | None, columns: int, bat
     return torch.cat(wide, dim=-1)
 
 
+def hide_columns(bias: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """``bias (batch, heads, queries, P + keys)`` in which queries do not see virtual tokens that are not theirs.
+
+    Args:
+        bias: Additive, with the prefix's columns in front.
+        seen: Which queries see which of these, ``(batch or 1, 1, queries or 1, P)``.
+    """
+    columns = seen.shape[-1]
+    front = bias[..., :columns].masked_fill(~seen.to(bias.device), torch.finfo(bias.dtype).min)
+    return torch.cat([front, bias[..., columns:]], dim=-1)
+
+
 def put_in_front(prefix: torch.Tensor, own: torch.Tensor, dropout: float) -> torch.Tensor:
-    """``prefix (kv_heads, P, dim)`` in front of ``own (batch, kv_heads, keys, dim)``."""
+    """``prefix (kv_heads, P, dim)``, or one for each row, in front of ``own (batch, kv_heads, keys, dim)``."""
     prefix = prefix.to(device=own.device, dtype=own.dtype)
     if dropout:
         prefix = functional.dropout(prefix, dropout)

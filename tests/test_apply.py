@@ -130,14 +130,13 @@ def test_not_a_model():
 def test_second_prefix():
     model = prefixkit.apply(tiny.make("gpt2"), num_virtual_tokens=4)
     before = state(model)
-    for name in ("default", "other"):
-        with pytest.raises(prefixkit.AttachmentError) as caught:
-            prefixkit.apply(model, num_virtual_tokens=4, name=name)
-        assert str(caught.value) == (
-            "this GPT2LMHeadModel already has a prefix, 'default'; a model takes one at a time: "
-            "call prefixkit.remove(model) first"
-        )
-        assert_same(before, state(model))
+    with pytest.raises(prefixkit.AttachmentError) as caught:
+        prefixkit.apply(model, num_virtual_tokens=4)
+    assert str(caught.value) == (
+        "this GPT2LMHeadModel already has a prefix 'default'; pass another name=, or take that one off first, with "
+        "prefixkit.remove(model, name='default')"
+    )
+    assert_same(before, state(model))
 
 
 @pytest.mark.parametrize("action", [prefixkit.remove, prefixkit.fold, prefixkit.config, prefixkit.to_cache])
@@ -180,7 +179,7 @@ def test_a_wrong_adapter():
 def test_apply_that_fails_half_way_is_undone(monkeypatch):
     model = tiny.make("bart")
     before = state(model)
-    monkeypatch.setattr("prefixkit.attachment._add_hooks", lambda model, attachment: 1 / 0)
+    monkeypatch.setattr("prefixkit.prefixes.add_hooks", lambda model, prefixes: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prefixkit.apply(model, num_virtual_tokens=4)
     assert_same(before, state(model))

@@ -199,7 +199,7 @@ def test_removing_while_disabled_gives_the_base_back():
     prefixkit.apply(model, num_virtual_tokens=TOKENS)
     with torch.no_grad():
         model.score.weight.add_(1.0)
-    message = "^remove the prefix outside of prefixkit.disabled"
+    message = "^add, activate and remove prefixes outside of prefixkit.disabled"
     with pytest.raises(prefixkit.AttachmentError, match=message), prefixkit.disabled(model):
         prefixkit.remove(model)
     prefixkit.remove(model)
@@ -211,7 +211,7 @@ def test_a_tied_head_trains_under_its_own_name():
     assert model.lm_head.weight is model.transformer.wte.weight
     prefixkit.apply(model, num_virtual_tokens=TOKENS, head=["lm_head"])
     assert model.lm_head.weight.requires_grad
-    assert list(model._prefixkit.tensors(model)) == ["embedding.weight", "head.lm_head.weight"]
+    assert list(model._prefixkit.attachment.tensors(model)) == ["embedding.weight", "head.lm_head.weight"]
     base = model.transformer.wte.weight.detach().clone()
     with torch.no_grad():
         model.lm_head.weight.add_(1)

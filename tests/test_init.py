@@ -39,7 +39,7 @@ LEGACY = test_prefixkit_legacy
 
 def flat_of(model):
     with torch.no_grad():
-        return model._prefixkit.flat().clone()
+        return model._prefixkit.attachment.flat().clone()
 
 
 # Texts

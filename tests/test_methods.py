@@ -170,7 +170,7 @@ def test_a_memory_trains_is_saved_and_generates(tmp_path):
 @pytest.mark.parametrize("method", ["p-tuning-v2", "prefix-tuning"])
 def test_shared_keys_are_the_values(method):
     model = prefixkit.apply(tiny.make("llama"), method, num_virtual_tokens=TOKENS, share_key_value=True)
-    pairs = prefixkit.Layout(prefixkit.sites(model)).split(model._prefixkit.flat())
+    pairs = prefixkit.Layout(prefixkit.sites(model)).split(model._prefixkit.attachment.flat())
     assert all(torch.equal(pair.key, pair.value) for pair in pairs)
     assert (pairs[0].key - pairs[1].key).abs().max() > 0.1
     if method == "p-tuning-v2":
@@ -187,7 +187,7 @@ def test_a_shared_start_is_halfway():
     flat = torch.randn(TOKENS, width)
     prefixkit.apply(model, num_virtual_tokens=TOKENS, share_key_value=True, init=flat)
     wanted = prefixkit.Layout(prefixkit.sites(model)).split(flat)
-    found = prefixkit.Layout(prefixkit.sites(model)).split(model._prefixkit.flat())
+    found = prefixkit.Layout(prefixkit.sites(model)).split(model._prefixkit.attachment.flat())
     for asked, given in zip(wanted, found, strict=True):
         torch.testing.assert_close(given.key, (asked.key + asked.value) / 2)
 

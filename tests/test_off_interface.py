@@ -13,7 +13,7 @@ import torch
 from changed_adapters import with_site_forward
 
 import prefixkit
-from prefixkit.attachment import find
+from prefixkit.prefixes import find
 from prefixkit.errors import EngineError
 from prefixkit.testing.recording import uncompiled
 
@@ -27,7 +27,7 @@ def apply(adapter, model=None, **options):
 
 
 def engine_of(model):
-    return find(model).engine.name
+    return find(model).attachment.engine.name
 
 
 def test_the_engine_is_chosen_by_what_the_adapter_brings():

@@ -192,7 +192,7 @@ def test_engine_of_a_decoder_off_the_interface():
     model = tiny.make("t5")
     prefixkit.apply(model, num_virtual_tokens=TOKENS, stacks=("decoder", "cross"))
     old = Version(transformers.__version__) < Version("5.15")
-    assert model._prefixkit.engine.name == ("cache" if old else "attention")
+    assert model._prefixkit.attachment.engine.name == ("cache" if old else "attention")
 
 
 @pytest.mark.parametrize("training", [False, True])

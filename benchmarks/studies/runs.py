@@ -57,6 +57,7 @@ def train(model: Any, task: Task, run: Run) -> float:
             report_to=[],
             seed=run.seed,
             bf16=task.bf16,
+            use_cpu=not torch.cuda.is_available(),
             disable_tqdm=True,
             dataloader_pin_memory=False,
             remove_unused_columns=False,

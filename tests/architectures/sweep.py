@@ -107,7 +107,7 @@ def _checks(kind: str, outcome: Outcome) -> Iterable[tuple[str, Any]]:
 def _describe(outcome: Outcome, tiny: TinyModel) -> None:
     model = checks.with_prefix(tiny)
     config = prefixkit.config(model)
-    outcome.engine = model.__dict__["_prefixkit"].engine.name
+    outcome.engine = model.__dict__["_prefixkit"].attachment.engine.name
     outcome.positions = config.positions
     outcome.stacks = ", ".join(dict.fromkeys(site.stack for site in config.sites))
     outcome.plugin = next(

@@ -9,9 +9,10 @@ from torch.nn import functional
 from wrong.right import GPT2, T5, Bart, BartDecoder, Bert, Gemma2, Llama, Mistral
 
 from prefixkit import attention_engine, positions as positions_module, prefix_state, widening
-from prefixkit.attachment import FLAT, Attachment, BeforeStack
+from prefixkit.attachment import Attachment
 from prefixkit.attention_engine import AttentionEngine
 from prefixkit.call import StackCall
+from prefixkit.hooks import FLAT, BeforeStack
 from prefixkit.layout import KeyValue, Layout
 from prefixkit.prefix_state import STATE, PrefixState
 
@@ -322,7 +323,7 @@ class TestBareEncoderMoved(Bart):
             positions_module.place_positions(module, stack, arguments, call, offset=5)
 
         monkeypatch.setattr(Attachment, "offset", offset)
-        monkeypatch.setattr("prefixkit.attachment.count_positions", count_positions)
+        monkeypatch.setattr("prefixkit.hooks.count_positions", count_positions)
 
 
 class TestPositionsCountPadding(GPT2):
@@ -719,7 +720,8 @@ class TestEncoderCalledAloneHasNoPrefix(T5):
         def call(self, module, args, kwargs):
             alone = self.stack.name == "encoder" and FLAT not in kwargs
             if alone:
-                return args, self.attachment.engine.off(module, self.stack, kwargs, self.attachment)
+                active = self.prefixes.attachment
+                return args, active.engine.off(module, self.stack, kwargs, active)
             return original(self, module, args, kwargs)
 
         monkeypatch.setattr(BeforeStack, "__call__", call)

@@ -36,7 +36,7 @@ class TestMaskNotWidened(Llama):
     caught_by = (PROMPT, ENGINES)
 
     def plant(self, monkeypatch):
-        monkeypatch.setattr(cache_engine, "_widen", lambda mask, tokens: mask)
+        monkeypatch.setattr(cache_engine, "_widen", lambda mask, tokens, *_: mask)
 
 
 class TestMaskWidenedAtItsEnd(GPT2):
@@ -44,7 +44,7 @@ class TestMaskWidenedAtItsEnd(GPT2):
 
     def plant(self, monkeypatch):
         original = cache_engine._widen
-        monkeypatch.setattr(cache_engine, "_widen", lambda mask, tokens: original(mask.flip(1), tokens).flip(1))
+        monkeypatch.setattr(cache_engine, "_widen", lambda mask, tokens, *_: original(mask.flip(1), tokens, None).flip(1))
 
 
 class TestMaskWidenedWithZeros(Llama):
@@ -53,8 +53,8 @@ class TestMaskWidenedWithZeros(Llama):
     def plant(self, monkeypatch):
         original = cache_engine._widen
 
-        def widen(mask, tokens):
-            wide = original(mask, tokens)
+        def widen(mask, tokens, *_):
+            wide = original(mask, tokens, None)
             wide[:, :tokens] = 0
             return wide
 
@@ -68,7 +68,7 @@ class TestEncoderMaskNotWidened(Bart):
     fails_with = (RuntimeError,)
 
     def plant(self, monkeypatch):
-        def narrow(arguments, tokens):
+        def narrow(arguments, tokens, *_):
             return arguments.get("encoder_attention_mask")
 
         monkeypatch.setattr(cache_engine, "_wider_encoder_mask", narrow)

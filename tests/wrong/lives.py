@@ -6,7 +6,7 @@ import torch
 from torch.nn.modules.module import _IncompatibleKeys
 from wrong.right import GPT2, Bart, Llama
 
-from prefixkit import assembly, attachment, checkpoint_files, lifecycle
+from prefixkit import assembly, attachment, checkpoint_files, lifecycle, prefixes
 from prefixkit.attention_engine import AttentionEngine
 from prefixkit.instance_calls import LoadStateDict
 from prefixkit.prefix_encoder import PrefixEncoder, flat_encoder
@@ -63,7 +63,7 @@ class TestPrefixFrozen(Llama):
     def plant(self, monkeypatch):
         def install(model, attached):
             original(model, attached)
-            attached.encoder.requires_grad_(False)
+            attached.attachment.encoder.requires_grad_(False)
 
         original = lifecycle.install
         monkeypatch.setattr(lifecycle, "install", install)
@@ -114,7 +114,7 @@ class TestDisabledLeavesThePrefix(Llama):
     caught_by = (DISABLED,)
 
     def plant(self, monkeypatch):
-        monkeypatch.setattr(attachment.Attachment, "enabled", True)
+        monkeypatch.setattr(prefixes.Prefixes, "enabled", True)
 
 
 class TestDisabledForGood(Llama):
@@ -127,17 +127,18 @@ class TestDisabledForGood(Llama):
             self.__dict__["was_disabled"] = self.__dict__.get("was_disabled", False) or self.disablers > 0
             return not self.__dict__["was_disabled"]
 
-        monkeypatch.setattr(attachment.Attachment, "enabled", property(enabled))
-        monkeypatch.setattr(lifecycle, "swap_head", lambda *call: None)
+        monkeypatch.setattr(prefixes.Prefixes, "enabled", property(enabled))
+        monkeypatch.setattr(prefixes, "put_head", lambda *call: None)
+        monkeypatch.setattr(prefixes, "take_head", lambda *call: None)
 
 
 class TestRemoveLeavesTheHooks(Bart):
     caught_by = (DISABLED,)
 
     def plant(self, monkeypatch):
-        def uninstall(model, attached):
-            attached.handles.clear()
-            original(model, attached)
+        def uninstall(model):
+            prefixes.require(model).handles.clear()
+            original(model)
 
         original = lifecycle.uninstall
         monkeypatch.setattr(lifecycle, "uninstall", uninstall)
@@ -149,8 +150,8 @@ class TestRemoveLeavesAHook(GPT2):
     caught_by = (DISABLED,)
 
     def plant(self, monkeypatch):
-        def uninstall(model, attached):
-            original(model, attached)
+        def uninstall(model):
+            original(model)
             model.transformer.register_forward_hook(lambda *call: None)
 
         original = lifecycle.uninstall
@@ -161,8 +162,8 @@ class TestRemoveLeavesTheBaseFrozen(GPT2):
     caught_by = (DISABLED,)
 
     def plant(self, monkeypatch):
-        def uninstall(model, attached):
-            original(model, attached)
+        def uninstall(model):
+            original(model)
             model.requires_grad_(False)
 
         original = lifecycle.uninstall
@@ -175,9 +176,10 @@ class TestRemoveLeavesTheImplementation(Llama):
     caught_by = (DISABLED,)
 
     def plant(self, monkeypatch):
-        def attach(self, model, attachment):
-            original(self, model, attachment)
+        def attach(self, model, *where):
+            homes = original(self, model, *where)
             model.config._attn_implementation_internal = "eager"
+            return homes
 
         original = AttentionEngine.attach
         monkeypatch.setattr(AttentionEngine, "attach", attach)
@@ -187,9 +189,10 @@ class TestRemoveLeavesTheSubmodule(GPT2):
     caught_by = (DISABLED,)
 
     def plant(self, monkeypatch):
-        def uninstall(model, attached):
-            original(model, attached)
-            model.add_module("prefixkit", torch.nn.ModuleDict({"default": attached.encoder}))
+        def uninstall(model):
+            encoder = prefixes.require(model).attachment.encoder
+            original(model)
+            model.add_module("prefixkit", torch.nn.ModuleDict({"default": encoder}))
 
         original = lifecycle.uninstall
         monkeypatch.setattr(lifecycle, "uninstall", uninstall)
@@ -203,7 +206,7 @@ class TestPrefixInTheBasesPrecision(GPT2):
     def plant(self, monkeypatch):
         def install(model, attached):
             original(model, attached)
-            attached.encoder.to(model.dtype)
+            attached.attachment.encoder.to(model.dtype)
 
         original = lifecycle.install
         monkeypatch.setattr(lifecycle, "install", install)

@@ -1,0 +1,130 @@
+"""The hooks that carry a prefix into every call of a model."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from prefixkit import placement, transformers_internals as internals
+from prefixkit.adapter import PositionTable, Stack
+from prefixkit.attention_engine import AttentionEngine
+from prefixkit.errors import UnsupportedModelError
+from prefixkit.infix import AfterLabels, BeforeLabels
+from prefixkit.positions import count_positions, forget_positions, look_up_placed
+from prefixkit.prefix_state import take_away
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from prefixkit.prefixes import Prefixes
+
+FLAT = "prefix_flat"
+"""The keyword under which a model with two stacks hands them the flat prefix, computed once."""
+
+
+class BeforeModel:
+    """Forward pre-hook of the model: computes the flat prefix once for all its stacks."""
+
+    def __init__(self, prefixes: Prefixes) -> None:
+        self.prefixes = prefixes
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Add the flat prefix to the keyword arguments."""
+        if not self.prefixes.enabled:
+            return None
+        return args, {**kwargs, FLAT: self.prefixes.flat()}
+
+
+class BeforeStack:
+    """Forward pre-hook of a stack: gives every argument its name and lets the engine act on them."""
+
+    def __init__(self, prefixes: Prefixes, stack: Stack, names: tuple[str, ...]) -> None:
+        self.prefixes = prefixes
+        self.stack = stack
+        self.names = names
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The arguments with the prefix, or as they were if it is disabled."""
+        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        flat = arguments.pop(FLAT, None)
+        forget_positions()
+        active = self.prefixes.attachment
+        reading = self.prefixes.reading()
+        if reading is not None:
+            return (), AttentionEngine.send(module, self.stack, arguments, active, reading)
+        if not self.prefixes.enabled:
+            return (), active.engine.off(module, self.stack, arguments, active)
+        served = self.prefixes.served(arguments)
+        stack = served.at(self.stack.path)
+        if not stack.sites:
+            count_positions(module, stack, arguments)
+            return (), active.engine.off(module, stack, arguments, active)
+        if flat is None:
+            flat = served.flat(module)
+        return (), active.engine.before(module, stack, arguments, served, flat)
+
+
+class AfterStack:
+    """Forward hook of a stack: lets the engine act on the output."""
+
+    def __init__(self, prefixes: Prefixes, stack: Stack) -> None:
+        self.prefixes = prefixes
+        self.stack = stack
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The output, as the caller would see it without a prefix."""
+        if not self.prefixes.enabled or self.prefixes.reading() is not None:
+            return output
+        active = self.prefixes.attachment
+        return active.engine.after(module, self.stack, kwargs, active, output)
+
+
+class LeaveStack:
+    """Forward hook of a stack, also where its forward fails: nothing of the call stays behind."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def __call__(self, *_: Any) -> None:
+        """Take the state away that travelled beside the call."""
+        take_away(self.key)
+
+
+def add_hooks(model: PreTrainedModel, prefixes: Prefixes) -> None:
+    """Hook the model and its stacks; :attr:`Prefixes.handles` takes the hooks off again."""
+    handles, stacks = prefixes.handles, prefixes.stacks
+    handed = internals.takes_any_keyword(model) and all(stack.hands_down for stack in stacks)
+    if any(one.config.infix for one in prefixes.attachments.values()):
+        labels = BeforeLabels(prefixes, tuple(signature(model.forward).parameters))
+        handles.append(model.register_forward_pre_hook(labels, with_kwargs=True))
+        handles.append(model.register_forward_hook(AfterLabels(prefixes), always_call=True))
+    if sum(bool(stack.sites) for stack in stacks) > 1 and handed:
+        handles.append(model.register_forward_pre_hook(BeforeModel(prefixes), with_kwargs=True))
+    for stack in stacks:
+        _hook_stack(model.get_submodule(stack.path), stack, prefixes)
+        for site in stack.sites[:1]:
+            inside = model.get_submodule(site.path)
+            handles.append(inside.register_forward_pre_hook(placement.refuse_tensor_parallel))
+
+
+def _hook_stack(module: nn.Module, stack: Stack, prefixes: Prefixes) -> None:
+    handles, engine = prefixes.handles, prefixes.attachment.engine
+    before = BeforeStack(prefixes, stack, tuple(signature(module.forward).parameters))
+    # Last of the pre-hooks: what others add to the arguments is there already.
+    handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+    handles.append(module.register_forward_hook(AfterStack(prefixes, stack), with_kwargs=True, prepend=True))
+    if isinstance(engine, AttentionEngine) and not stack.hands_down:
+        leave = LeaveStack(prefixes.attachment.state_key(stack))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    if isinstance(stack.positions, PositionTable):
+        table = module.get_submodule(stack.positions.path)
+        if not isinstance(table, nn.Embedding):
+            raise UnsupportedModelError(f"{stack.positions.path!r} of {stack.path!r} is no embedding table")
+        handles.append(table.register_forward_hook(look_up_placed))
+
+
+def carries_prefix(stack: nn.Module) -> bool:
+    """Whether ``stack`` has a prefix already, perhaps through another model that shares it."""
+    return any(isinstance(hook, BeforeStack) for hook in stack._forward_pre_hooks.values())

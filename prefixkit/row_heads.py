@@ -1,0 +1,81 @@
+"""Heads of a batch whose rows have different prefixes: each row goes through its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from prefixkit.errors import ConfigError, EngineError
+
+if TYPE_CHECKING:
+    from prefixkit.mixture import Rows
+    from prefixkit.prefixes import Prefixes
+
+
+@contextmanager
+def heads_of_rows(model: nn.Module, prefixes: Prefixes) -> Iterator[None]:
+    """Inside, each row's states go through the head of the prefix that it names, or the base's.
+
+    Raises:
+        ConfigError: If a head is a bare parameter, whose use cannot be told by row.
+    """
+    rows = prefixes.rows
+    assert rows is not None
+    named = dict.fromkeys(name for one in rows.used(prefixes).values() for name in one.config.head)
+    if prefixes.attachment.config.head and not named:  # rows of prefixes without a head have the base's
+        named = dict.fromkeys(prefixes.attachment.config.head)
+    modules = dict(model.named_modules())
+    handles = []
+    try:
+        for path in named:
+            if path not in modules:
+                raise ConfigError(f"the head {path!r} is a bare parameter, and cannot be another one for each row")
+            hook = HeadOfRows(path, prefixes, rows)
+            handles.append(modules[path].register_forward_hook(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class HeadOfRows:
+    """Forward hook of a head: computes it with the values of every prefix that some row names."""
+
+    def __init__(self, path: str, prefixes: Prefixes, rows: Rows) -> None:
+        self.path = path
+        self.prefixes = prefixes
+        self.rows = rows
+        self.under_way = False
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """For each row what the head gives with its prefix's values."""
+        if self.under_way or not self.prefixes.enabled:
+            return None
+        if not isinstance(output, torch.Tensor):
+            raise EngineError(
+                f"the head {self.path!r} gives a {type(output).__name__}, which has no rows to choose from"
+            )
+        names = self.rows.of_call(len(output))
+        self.under_way = True
+        try:
+            of = {name: functional_call(module, self._values(name), args, kwargs) for name in dict.fromkeys(names)}
+        finally:
+            self.under_way = False
+        return torch.stack([of[name][row] for row, name in enumerate(names)])
+
+    def _values(self, name: str | None) -> dict[str, torch.Tensor]:
+        """The head's own values under ``name``, by name in the module; what is not said is in the module now."""
+        prefixes, active = self.prefixes, self.prefixes.attachment
+        one = prefixes.attachments[name] if name else None
+        if one is active:
+            return {}
+        own = one.kept_head if one else {}
+        # Of the base what is aside; and that is in the way of a prefix that has no such head.
+        values = {**{key: prefixes.base_head[key] for key in active.head_names}, **own}
+        start = f"{self.path}."
+        return {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
