@@ -317,7 +317,8 @@ def in_front(
             every query sees every key.
 
     Returns:
-        Key, value and mask with P more keys.
+        Key, value and mask with P more keys. Where some queries do not see some of the prefix, there is a mask,
+        additive, even if there was none.
 
     Raises:
         EngineError: If the prefix has not reached the module, or has other heads than ``key``.
@@ -331,7 +332,7 @@ def in_front(
         return key, value, mask
     seen = state.seen(site)
     if seen is not None and mask is None:
-        raise EngineError(NO_MASK)
+        mask = key.new_zeros(1, 1, seen.shape[2], key.shape[2])
     bias = state.bias_of(site)
     if mask is not None and bias is not None:
         mask = widen_bias(mask, bias, state.tokens(site), len(key))

@@ -13,8 +13,8 @@ import torch
 from changed_adapters import with_site_forward
 
 import prefixkit
-from prefixkit.prefixes import find
 from prefixkit.errors import EngineError
+from prefixkit.prefixes import find
 from prefixkit.testing.recording import uncompiled
 
 GPTJ = test_prefixkit_legacy.TestGPTJ

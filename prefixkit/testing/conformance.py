@@ -16,6 +16,7 @@ from prefixkit.testing.generation import Generation
 from prefixkit.testing.life import Life
 from prefixkit.testing.numbers import Numbers
 from prefixkit.testing.parallel import Parallel
+from prefixkit.testing.several import Several
 from prefixkit.testing.sites import Sites
 from prefixkit.testing.subject import Subject
 from prefixkit.testing.training import Training
@@ -31,7 +32,7 @@ REFUSED = "refused"
 """The property of a test report that holds the reason of a clear refusal."""
 
 
-class Conformance(Sites, Numbers, Attention, Training, Generation, WithTrainer, Life, Parallel, Accelerated):
+class Conformance(Sites, Numbers, Attention, Training, Generation, Several, WithTrainer, Life, Parallel, Accelerated):
     """All that an adapter has to fulfil. Subclass it, name the adapter, and make a tiny model.
 
     A test that does not concern the model (windows in a model without any) is not part of the

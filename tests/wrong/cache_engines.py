@@ -44,7 +44,9 @@ class TestMaskWidenedAtItsEnd(GPT2):
 
     def plant(self, monkeypatch):
         original = cache_engine._widen
-        monkeypatch.setattr(cache_engine, "_widen", lambda mask, tokens, *_: original(mask.flip(1), tokens, None).flip(1))
+        monkeypatch.setattr(
+            cache_engine, "_widen", lambda mask, tokens, *_: original(mask.flip(1), tokens, None).flip(1)
+        )
 
 
 class TestMaskWidenedWithZeros(Llama):
