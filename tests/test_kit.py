@@ -18,7 +18,7 @@ from prefixkit.testing import Conformance
 pytestmark = since("5.20", "some subjects fail in other ways, and some right ones are off the interface")
 RUN = Path(__file__).parent / "wrong" / "run.py"
 OFF = ("off_interface",) if prefixkit_legacy.serves_attention() else ()
-HALVES = (("adapters", "lives", *OFF), ("attention_engines", "cache_engines"))
+HALVES = (("adapters", "lives", *OFF), ("attention_engines", "cache_engines", "rows"))
 """The files of wrong subjects, for two processes side by side."""
 UNPROVEN = {
     "they run in processes of their own, where nothing is planted": {
