@@ -142,7 +142,11 @@ LEARNED = (
             LEARNED.format("bert.encoder.layer.0.attention.self"),
             marks=since("5.0", "BERT is off the interface"),
         ),
-        (bloom, r"its positions are no rotation of keys but a RelativeBias \('transformer'\)"),
+        pytest.param(
+            bloom,
+            r"its positions are no rotation of keys but a RelativeBias \('transformer'\)",
+            marks=since("5.5", "BLOOM has the cache engine only, which refuses positions='none' itself"),
+        ),
         (lambda: tiny.make("bart"), r"its positions are no rotation of keys but a PositionTable \('model.encoder'\)"),
     ],
 )
