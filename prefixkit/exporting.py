@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,11 @@ FORMAT = 1
 
 
 def export(
-    model: PreTrainedModel, path: str | Path, *, positions: str | None = None, dtype: torch.dtype = torch.float32
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    *,
+    positions: str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write the keys and values of every site into one safetensors file.
 
@@ -58,10 +63,9 @@ def export(
             be turned, or the prefix is offloaded.
     """
     attachment = require(model)
-    path = Path(path)
-    own = attachment.config.positions
+    file, own = Path(path), attachment.config.positions
     positions = own if positions is None else positions
-    _check(attachment, path, positions, dtype)
+    _check(attachment, file, positions, dtype)
     with torch.no_grad():
         flat = attachment.flat_of(model).detach()
     found = _rotations(model, needed=positions != own)
@@ -73,8 +77,8 @@ def export(
         "sites": [_site(site, pieces[site.place], attachment, positions, found) for site in attachment.layout.sites],
     }
     if attachment.writes():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, _tensors(attachment, pieces), {HEADER: json.dumps(header)})
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(file, _tensors(attachment, pieces), {HEADER: json.dumps(header)})
 
 
 def _check(attachment: Attachment, path: Path, positions: str, dtype: torch.dtype) -> None:
