@@ -155,7 +155,8 @@ def _site(
 def _rotation(rotation: Rotation | None) -> dict[str, Any] | None:
     if rotation is None or not rotation.style:
         return None
-    return {"style": rotation.style, "first_dim": rotation.first, "dims": 2 * len(rotation.angles)}
+    angles = rotation.angles.tolist()
+    return {"style": rotation.style, "first_dim": rotation.first, "dims": 2 * len(angles), "angles": angles}
 
 
 def _first_position(attachment: Attachment, positions: str, piece: KeyValue) -> int:

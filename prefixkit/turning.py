@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -258,13 +259,16 @@ def _tables(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _candidates(site: Site, tables: list[torch.Tensor]) -> Iterator[Rotation]:
-    """Nothing turns; or pairs at the beginning of a head's key do, or at its end, as one of the tables says."""
+    """Nothing turns; or pairs at the beginning of a head's key do, or at its end, as one of the tables says.
+
+    Either way round, which is a matter of taste as long as queries turn with keys.
+    """
     yield STILL
     for angles in tables:
         rest = site.key_dim - 2 * len(angles)
         if rest >= 0:
-            for style in ("half", "interleaved"):
-                yield from (Rotation(style, first, angles) for first in sorted({0, rest}))
+            for style, first, sign in product(("half", "interleaved"), sorted({0, rest}), (1, -1)):
+                yield Rotation(style, first, sign * angles)
 
 
 def _rotation_of(site: Site, before: Keys, after: Keys, tables: list[torch.Tensor]) -> Rotation:

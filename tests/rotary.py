@@ -55,8 +55,10 @@ MAKERS = {
     "gemma3": tiny.MAKERS["gemma3"],
     "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**tiny.llama_sizes(no_rope_layers=[1, 0, 1]))),
 }
+if hasattr(transformers, "NanoChatForCausalLM"):  # it turns its keys the other way round
+    MAKERS["nanochat"] = lambda: transformers.NanoChatForCausalLM(transformers.NanoChatConfig(**tiny.llama_sizes()))
 STYLES = {
-    **dict.fromkeys(("llama", *SCALED, "gemma3"), [("half", 0, 8)] * 3),
+    **dict.fromkeys(("llama", *SCALED, "gemma3", "nanochat"), [("half", 0, 8)] * 3),
     "gpt-neox": [("half", 0, 4)] * 3,
     **dict.fromkeys(("gptj", "codegen"), [("interleaved", 0, 4)] * 3),
     "cohere": [("interleaved", 0, 8)] * 3,

@@ -74,8 +74,9 @@ def test_either_policy(name, trained, exported, tmp_path):
 
     first = {("none", "shift"): TOKENS, ("shift", "none"): -TOKENS}.get((trained, exported), 0)
     for site, (style, dim, dims) in zip(header["sites"], rotary.STYLES[name], strict=True):
-        turns = {"style": style, "first_dim": dim, "dims": dims} if style else None
-        assert (site["rotated"], site["rotation"]) == (bool(style), turns)
+        rotation = site["rotation"] or {"style": "", "first_dim": 0, "dims": 0, "angles": []}
+        assert (rotation["style"], rotation["first_dim"], rotation["dims"]) == (style, dim, dims)
+        assert (len(rotation["angles"]), site["rotated"]) == (dims // 2, bool(style))
         assert site["first_position"] == (first if style else None)
 
 
@@ -85,6 +86,8 @@ def test_everything_a_header_says(tmp_path):
     prefixkit.export(model, tmp_path / "p.safetensors", dtype=torch.bfloat16)
     header, tensors = header_of(tmp_path / "p.safetensors"), load_file(tmp_path / "p.safetensors")
     sites = header.pop("sites")
+    angles = sites[2]["rotation"].pop("angles")
+    assert angles == pytest.approx([TOKENS * 10_000 ** (-pair / 4) for pair in range(4)])
     assert header == {
         "format": 1,
         "model_type": "gemma3_text",
