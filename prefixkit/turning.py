@@ -116,9 +116,7 @@ def rotations(model: PreTrainedModel) -> dict[str, Rotation]:
         EngineError: If positions enter in another way than by a rotation, or it cannot be told.
     """
     attachment = require(model)
-    stacks = [stack for stack in attachment.stacks if moving_sites(stack)]
-    for stack in stacks:
-        _check_rotary(stack)
+    stacks = _moved_stacks(attachment)
     sites = [site for stack in stacks for site in moving_sites(stack)]
     if not sites:
         return {}
@@ -131,10 +129,23 @@ def moving_sites(stack: Stack) -> list[Site]:
     return [site for site in stack.sites if site.stack == stack.name]
 
 
+def _moved_stacks(attachment: Attachment) -> list[Stack]:
+    """Those that a position policy moves; where positions cannot be moved, one policy is like the other.
+
+    Raises:
+        EngineError: If there is none, though a prefix stands in a stack's own attention, or one has no rotation.
+    """
+    carrying = [stack for stack in attachment.stacks if moving_sites(stack)]
+    moved = [stack for stack in carrying if stack.positions is not None]
+    if carrying and not moved:
+        raise _cannot(f"positions of the stack {carrying[0].path!r} cannot be moved from outside")
+    for stack in moved:
+        _check_rotary(stack)
+    return moved
+
+
 def _check_rotary(stack: Stack) -> None:
     kind = stack.positions
-    if kind is None:
-        raise _cannot(f"positions of the stack {stack.path!r} cannot be moved from outside")
     if not isinstance(kind, PositionIds):
         raise _cannot(f"its positions are no rotation of keys but a {type(kind).__name__} ({stack.path!r})")
     if kind.prefix_bias is not None:

@@ -6,11 +6,22 @@ itself makes further on.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import rotary
 import tiny
 import torch
-from transformers import BloomConfig, BloomForCausalLM, DynamicCache, OPTConfig, OPTForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    DynamicCache,
+    OPTConfig,
+    OPTForCausalLM,
+    T5GemmaConfig,
+    T5GemmaForConditionalGeneration,
+    T5GemmaModuleConfig,
+)
 from versions import since
 
 import prefixkit
@@ -176,3 +187,54 @@ def test_a_prefix_in_cross_attention_alone_moves_nothing():
     model = tiny.make("bart")
     prefixkit.apply(model, num_virtual_tokens=TOKENS, positions="none", stacks=["cross"])
     assert torch.equal(turning.turned(model, "shift"), turning.turned(model, "none"))
+
+
+def t5gemma():
+    part = T5GemmaModuleConfig(**tiny.llama_sizes(head_dim=8, sliding_window=4), query_pre_attn_scalar=8)
+    torch.manual_seed(0)
+    config = T5GemmaConfig(encoder=part, decoder=part, vocab_size=tiny.VOCAB, **tiny.SPECIAL)
+    model = T5GemmaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.2)
+    return model
+
+
+def encoder_stands_still(model):
+    for stack in prefixkit.generic_adapter().stacks(model):
+        yield replace(stack, positions=None) if stack.name == "encoder" else stack
+
+
+@pytest.mark.parametrize("still", [False, True], ids=["both move", "the encoder stands still"])
+def test_an_encoder_and_a_decoder(still):
+    """A stack whose positions cannot be moved has the same numbers under either policy, so its keys stay."""
+    model = t5gemma()
+    options = {"num_virtual_tokens": TOKENS}
+    if still:
+        options["adapter"] = prefixkit.Adapter(model_types=("t5gemma",), stacks=encoder_stands_still)
+    inputs = tiny.inputs(model)
+    strengthen(prefixkit.apply(model, positions="none", **options))
+    expected, own, flat = tiny.logits(model, **inputs), turning.turned(model, "none"), turning.turned(model, "shift")
+    prefixkit.apply(prefixkit.remove(model), init=own, **options)
+    assert (tiny.logits(model, **inputs) - expected).abs().max() > 1e-2
+    prefixkit.apply(prefixkit.remove(model), init=flat, **options)
+    torch.testing.assert_close(tiny.logits(model, **inputs), expected, atol=2e-5, rtol=0)
+    pieces = [prefixkit.Layout(prefixkit.sites(model)).split(part) for part in (own, flat)]
+    stay = {
+        site.stack
+        for site, one, other in zip(prefixkit.sites(model), *pieces, strict=True)
+        if torch.equal(one.key, other.key)
+    }
+    assert stay == ({"encoder", "cross"} if still else {"cross"})
+
+
+def test_positions_that_cannot_be_moved_at_all():
+    model = tiny.make("llama")
+    adapter = prefixkit.Adapter(
+        model_types=("llama",),
+        stacks=lambda of: (replace(s, positions=None) for s in prefixkit.generic_adapter().stacks(of)),
+    )
+    prefixkit.apply(model, num_virtual_tokens=TOKENS, adapter=adapter, positions="none")
+    with pytest.raises(EngineError, match="^this model's keys cannot be turned: positions of the stack 'model' cannot"):
+        turning.turned(model, "shift")
