@@ -65,7 +65,7 @@ def to_cache(
     * masks that are wider by P: ``attention_mask`` of a decoder-only model (or the
       ``decoder_attention_mask``), and ``encoder_attention_mask`` of a bare decoder;
     * for an encoder prefix, the encoder states of ``model.get_encoder()`` called with the prefix on;
-    * for ``generate``, P token ids more in front of the text, which the cache stands for and nobody reads.
+    * for ``generate`` of a decoder-only model, P token ids more in front of the text: any, since nobody reads them.
 
     Example::
 
