@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         UnknownAdapterError as UnknownAdapterError,
         UnsupportedModelError as UnsupportedModelError,
     )
+    from prefixkit.exporting import export as export
     from prefixkit.generic.stacks import generic_adapter as generic_adapter
     from prefixkit.hookspecs import hookimpl as hookimpl
     from prefixkit.initialisation import (
@@ -93,6 +94,7 @@ _HOME = {
     "names": "lifecycle",
     "unfreeze": "lifecycle",
     "to_cache": "native_cache",
+    "export": "exporting",
     "sites": "lifecycle",
     "config": "lifecycle",
     "plugins": "discovery",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache, StaticLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -336,6 +336,19 @@ def new_cache(model_config: PreTrainedConfig, *, cross: bool = False) -> Cache:
     if cross or model_config.is_encoder_decoder or getattr(model_config, "add_cross_attention", False):
         return EncoderDecoderCache(DynamicCache(), DynamicCache())
     return DynamicCache(config=model_config)
+
+
+def new_static_cache(model_config: PreTrainedConfig, length: int, cross_length: int | None = None) -> Cache:
+    """An empty native cache that does not grow: ``length`` places, and for cross-attention ``cross_length``."""
+    own = StaticCache(config=model_config, max_cache_len=length)
+    if cross_length is None:
+        return own
+    return EncoderDecoderCache(own, StaticCache(config=model_config, max_cache_len=cross_length))
+
+
+def static_layers_append() -> bool:
+    """Whether a static layer counts what it holds; before transformers 5.5 the caller tells it where to write."""
+    return hasattr(StaticLayer(max_cache_len=1), "cumulative_length")
 
 
 def with_cross(cache: Cache) -> Cache:

@@ -62,7 +62,8 @@ def required(model: PreTrainedModel) -> list[str]:
 def _ids(model: PreTrainedModel, tokens: int) -> torch.Tensor:
     """Token ids ``(1, tokens)`` that are nobody's special ones, and do not go up by one."""
     config = model.config.get_text_config()
-    special = {value for name, value in config.to_dict().items() if name.endswith("token_id")}
+    values = (value for name, value in config.to_dict().items() if name.endswith("token_id"))
+    special = {token for value in values for token in (value if isinstance(value, list) else [value])}
     vocabulary = getattr(config, "vocab_size", None) or 100
     ordinary = [token for token in range(min(vocabulary, 1000)) if token not in special][-2 * tokens - 1 :]
     order = [ordinary[(2 * index) % len(ordinary)] for index in reversed(range(tokens))]
