@@ -25,6 +25,10 @@ if TYPE_CHECKING:
         load as load,
         save as save,
     )
+    from prefixkit.combining import (
+        average as average,
+        compose as compose,
+    )
     from prefixkit.discovery import (
         PluginInfo as PluginInfo,
         plugins as plugins,
@@ -91,6 +95,8 @@ _HOME = {
     "remove": "lifecycle",
     "activate": "lifecycle",
     "rows": "several",
+    "compose": "combining",
+    "average": "combining",
     "names": "lifecycle",
     "unfreeze": "lifecycle",
     "to_cache": "native_cache",

@@ -159,8 +159,13 @@ class Attachment:
 
     def tensors(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """What a checkpoint holds: the encoder's parameters, and the tuned head's under ``head.``."""
+        head = {f"head.{name}": value for name, value in self.head_values(model).items()}
+        return {**self.encoder.state_dict(), **head}
+
+    def head_values(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The values of its head, wherever they are, by parameter name."""
         head: Mapping[str, torch.Tensor] = self.kept_head or self.own_head(model)
-        return {**self.encoder.state_dict(), **{f"head.{name}": value.detach() for name, value in head.items()}}
+        return {name: value.detach() for name, value in head.items()}
 
     def own_head(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters of the model that are its head, by name.

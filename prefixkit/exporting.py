@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prefixkit.adapter import Site, Stack
-from prefixkit.attachment import require
 from prefixkit.checkpoint_files import write_tensors
 from prefixkit.errors import CheckpointError, ConfigError, EngineError, closest
 from prefixkit.layout import KeyValue
 from prefixkit.prefix_config import POSITIONS
-from prefixkit.turning import STILL, Rotation, moving_sites, rotations, turn
+from prefixkit.prefixes import require
+from prefixkit.turning import STILL, Rotation, moving_sites, rotations, times_from, turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +62,7 @@ def export(
         EngineError: If keys and values do not say it all (a gate, an infix, a prefix memory), the keys cannot
             be turned, or the prefix is offloaded.
     """
-    attachment = require(model)
+    attachment = require(model).attachment
     file, own = Path(path), attachment.config.positions
     positions = own if positions is None else positions
     _check(attachment, file, positions, dtype)
@@ -70,7 +70,7 @@ def export(
         flat = attachment.flat_of(model).detach()
     found = _rotations(model, needed=positions != own)
     if positions != own:
-        flat = turn(attachment, flat, found or {})
+        flat = turn(attachment, flat, found or {}, times_from(own))
     pieces = {place: KeyValue(*(part.to(dtype) for part in pair)) for place, pair in attachment.pieces(flat).items()}
     header = {
         **_header(attachment, positions),

@@ -21,11 +21,11 @@ from torch import nn
 from prefixkit import placement, transformers_internals as internals
 from prefixkit.adapter import PositionIds, Site, Stack
 from prefixkit.as_it_was import as_it_was
-from prefixkit.attachment import require
 from prefixkit.errors import EngineError, PrefixkitError
 from prefixkit.initialisation import random_ids
 from prefixkit.layout import KeyValue
 from prefixkit.lifecycle import disabled
+from prefixkit.prefixes import require
 from prefixkit.reading import of_cache
 
 if TYPE_CHECKING:
@@ -94,33 +94,48 @@ def turned(model: PreTrainedModel, positions: str) -> torch.Tensor:
         AttachmentError: If the model has no prefix.
         EngineError: If the keys cannot be turned.
     """
-    attachment = require(model)
+    attachment = require(model).attachment
     with torch.no_grad():
         flat = attachment.flat_of(model).detach()
-        return flat if attachment.config.positions == positions else turn(attachment, flat, rotations(model))
+        own = attachment.config.positions
+        if own == positions:
+            return flat
+        return turn(attachment, flat, rotations(model), times_from(own))
 
 
-def turn(attachment: Attachment, flat: torch.Tensor, rotations: Mapping[str, Rotation]) -> torch.Tensor:
-    """The flat prefix under the policy that is not its own, by the rotations of its sites."""
-    times = 1 if attachment.config.positions == "none" else -1
+def times_from(positions: str) -> int:
+    """How many times P positions lead from this policy to the other."""
+    return 1 if positions == "none" else -1
+
+
+def turn(attachment: Attachment, flat: torch.Tensor, rotations: Mapping[str, Rotation], times: int) -> torch.Tensor:
+    """The flat prefix with its keys moved ``times`` as far as the rotations of its sites say."""
     sites = zip(attachment.layout.sites, attachment.layout.split(flat), strict=True)
     return attachment.layout.join(
         [KeyValue(rotations.get(site.place, STILL).turn(piece.key, times), piece.value) for site, piece in sites]
     )
 
 
-def rotations(model: PreTrainedModel) -> dict[str, Rotation]:
-    """How P positions turn the keys of every site that moves with the text, by its place.
+def rotations(
+    model: PreTrainedModel, attachment: Attachment | None = None, tokens: int | None = None
+) -> dict[str, Rotation]:
+    """How ``tokens`` positions turn the keys of every site that moves with the text, by its place.
+
+    Args:
+        model: A model with a prefix.
+        attachment: Whose sites; the active one's by default.
+        tokens: How many positions; the length of its prefix by default.
 
     Raises:
         EngineError: If positions enter in another way than by a rotation, or it cannot be told.
     """
-    attachment = require(model)
+    attachment = attachment or require(model).attachment
+    tokens = tokens or attachment.config.num_virtual_tokens
     stacks = _moved_stacks(attachment)
     sites = [site for stack in stacks for site in moving_sites(stack)]
     if not sites:
         return {}
-    before, after, tables = _probe(model, attachment, stacks)
+    before, after, tables = _probe(model, attachment, stacks, tokens)
     return {site.place: _rotation_of(site, before, after, tables) for site in sites}
 
 
@@ -157,13 +172,12 @@ def _cannot(reason: str) -> EngineError:
 
 
 def _probe(
-    model: PreTrainedModel, attachment: Attachment, stacks: list[Stack]
+    model: PreTrainedModel, attachment: Attachment, stacks: list[Stack], tokens: int
 ) -> tuple[Keys, Keys, list[torch.Tensor]]:
-    """Keys of the same tokens at position 0 and at position P, and the angles of P positions in the model's tables.
+    """Keys of the same tokens at position 0 and at ``tokens``, and the angles of so many positions in its tables.
 
     Each token is read alone: it attends to itself only, so that nothing but a rotation can tell the two apart.
     """
-    tokens = attachment.config.num_virtual_tokens
     try:
         with disabled(model), as_it_was(model):
             texts = [_text(model) for _ in range(PROBES)]

@@ -49,7 +49,7 @@ def test_both_policies_give_the_same_logits(name, positions, tokens):
     model = under(rotary.make(name), positions, tokens=tokens)
     ids, mask = tiny.left_pad([tiny.tokens(6), tiny.tokens(4, seed=2)])
     text, seen = {"input_ids": ids, "attention_mask": mask}, mask.bool()
-    if model._prefixkit.engine.name == "cache":
+    if model._prefixkit.attachment.engine.name == "cache":
         text, seen = {"input_ids": ids[:1]}, mask[:1].bool()
     expected, own = tiny.logits(model, **text), turning.turned(model, positions)
 
