@@ -15,16 +15,19 @@ from prefixkit import checkpoint_files
 from prefixkit.adapter import Adapter, Site
 from prefixkit.assembly import build, check_model
 from prefixkit.attachment import Attachment, require
-from prefixkit.errors import CheckpointError, ConfigError, MethodError
+from prefixkit.errors import CheckpointError, ConfigError, MethodError, closest
+from prefixkit.formats import detection, peft_export
 from prefixkit.head import choose_head, head_parameters
 from prefixkit.lifecycle import put_on
 from prefixkit.method import Method
 from prefixkit.prefix_config import PrefixConfig
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+OWN, PEFT = FORMATS = ("prefixkit", "peft")
+"""What :func:`save` can write."""
 
 
-def save(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
+def save(model: PreTrainedModel, directory: str | os.PathLike[str], *, format: str = OWN) -> None:  # noqa: A002 - the field's own word
     """Write the model's prefix, and its head if that trained, to ``directory``.
 
     Example::
@@ -35,11 +38,25 @@ def save(model: PreTrainedModel, directory: str | os.PathLike[str]) -> None:
     that training can go on; :func:`prefixkit.fold` first for the smallest file. A crash leaves the
     old checkpoint or the new one. Under FSDP2 every process has to call, and the first one writes.
 
+    Args:
+        model: A model with a prefix.
+        directory: The folder; it is made if need be.
+        format: ``"prefixkit"``, or ``"peft"``: what ``PeftModel.from_pretrained`` loads, with equal logits. PEFT
+            has no MLP in its files, so the prefix is folded there; the model keeps its own.
+
     Raises:
         AttachmentError: If the model has no prefix.
-        CheckpointError: If ``directory`` is a file, or the prefix is offloaded.
+        CheckpointError: If ``directory`` is a file, the prefix is offloaded, or PEFT cannot express it.
+        ConfigError: For another format.
     """
     attachment = require(model)
+    if format not in FORMATS:
+        raise ConfigError(f"format is {format!r}{closest(format, FORMATS)}; possible: {', '.join(FORMATS)}")
+    if format == PEFT:
+        # Refuses what is offloaded or in pieces, as for our own.
+        attachment.whole_tensors(model)
+        peft_export.write(model, attachment, Path(directory))
+        return
     tensors = attachment.whole_tensors(model)
     if attachment.writes():
         checkpoint_files.write(Path(directory), attachment.config, tensors)
@@ -55,6 +72,8 @@ def load(
 ) -> Model:
     """Put a saved prefix on ``model``, in place, and freeze everything else.
 
+    Prefixes of PEFT, AdapterHub, the 2021 code of prefix tuning, P-tuning v2 and Cartridges are loaded too.
+
     Example::
 
         model = AutoModelForCausalLM.from_pretrained("path/or/name")
@@ -62,7 +81,8 @@ def load(
 
     Args:
         model: A bare model of the architecture that the prefix was trained for.
-        directory: Where :func:`prefixkit.save`, or a ``Trainer``, wrote it.
+        directory: Where :func:`prefixkit.save`, a ``Trainer`` or another library wrote it; of other libraries'
+            files of tensors, also the path of the file.
         trainable: Whether prefix (with its MLP) and head train on; else all is frozen.
         adapter: Overrules the installed plugins.
         method: Overrules them too; it must have the name that is stored.
@@ -76,11 +96,13 @@ def load(
         UnknownAdapterError: If the plugin for the model's type failed to load.
         EngineError: If the stored policies cannot be honoured here.
 
-    On any error the model is as it was. Nothing is ever unpickled.
+    On any error the model is as it was. Pickles of other libraries are read for their tensors alone, and none of
+    their code is ever run.
     """
     model_type = check_model(model)
     folder = Path(directory)
-    config = checkpoint_files.read_config(folder)
+    stored = detection.find(folder, model, adapter) or checkpoint_files.OwnCheckpoint(folder)
+    config = stored.config
     if config.model_type != model_type:
         raise CheckpointError(
             f"the prefix in {str(folder)!r} is for model type {config.model_type!r}; "
@@ -90,8 +112,8 @@ def load(
         raise CheckpointError(f"the prefix in {str(folder)!r} is of method {config.method!r}, not of {method.name!r}")
     attachment = _build(model, config, adapter, method, folder)
     _check_sites(config.sites, attachment.layout.sites, folder)
-    _check_shapes(checkpoint_files.read_shapes(folder), attachment, model, folder)
-    tensors = checkpoint_files.read_tensors(folder)
+    _check_shapes(stored.shapes(), attachment, model, folder)
+    tensors = stored.tensors()
     put_on(model, attachment)
     _copy(tensors, attachment, model)
     if not trainable:
