@@ -14,7 +14,9 @@ import torch
 from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from test_checkpoint import assert_same, state
 from transformers import (
+    BartForSequenceClassification,
     BertConfig,
+    BertForMultipleChoice,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -358,6 +360,22 @@ def test_a_body_that_takes_no_cache_is_refused(tmp_path):
     message = "^PEFT cannot express this prefix: PEFT hands it over in past_key_values, which DistilBertModel"
     with pytest.raises(CheckpointError, match=message):
         prefixkit.save(model, tmp_path, format="peft")
+
+
+def test_task_models_that_peft_runs_in_another_way_are_refused(tmp_path):
+    """A head of two layers on a pooled body, sentences to choose from, and an encoder-decoder's head."""
+    piped = made(BertForSequenceClassification(bert()))
+    piped.classifier = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 3))
+    several = made(BertForMultipleChoice(bert()))
+    both = made(BartForSequenceClassification(tiny.bart(num_labels=3)))
+    for model, reason, options in [
+        (piped, "PEFT calls the body and the head of a BertForSequenceClassification by itself, .*", {}),
+        (several, "PEFT passes past_key_values, which .*|PEFT has no task of multiple choice, .*", {"head": False}),
+        (both, "of encoder-decoders PEFT serves language models, .*", {"stacks": ["decoder"], "head": False}),
+    ]:
+        prefixkit.apply(model, num_virtual_tokens=TOKENS, **options)
+        with pytest.raises(CheckpointError, match=f"^PEFT cannot express this prefix: ({reason})$"):
+            prefixkit.save(model, tmp_path, format="peft")
 
 
 def test_uneven_shapes_are_refused(tmp_path):

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from prefixkit.adapter import Site
-from prefixkit.formats.found import FLAT, Found, Target, found, is_plain, refuse_others
+from prefixkit.formats.found import FLAT, Found, Target, check_moves, found, is_plain, refuse_others
 from prefixkit.layout import KeyValue, Layout
 
 TRAINABLE = ("trainable_keys", "trainable_values")
@@ -42,6 +42,7 @@ def read(content: Mapping[str, object], target: Target) -> Found:
     refuse_others(target, content, {*TRAINABLE, *(name for names in FROZEN for name in names), *SEGMENTS})
     if target.is_encoder_decoder or target.main_stack != "decoder":
         raise target.damaged(f"a cartridge is for a decoder alone; this {type(target.model).__name__} is none")
+    check_moves(target, ["decoder"])
     info = content.get("segment_info")
     runs = _plain_runs(content, target) if info is None else _segments(content, info, target)
     frozen = [tokens for tokens, is_frozen in ((run[0][0].shape[2], stays) for run, stays in runs) if is_frozen]

@@ -170,6 +170,20 @@ def task_head(target: Target, given: Mapping[str, object]) -> dict[str, torch.Te
     return {name: tensor(target, given, name) for name in names}
 
 
+def check_moves(target: Target, stacks: Iterable[str]) -> None:
+    """Refuse a prefix behind which the first real token stands at position P, where positions cannot be moved.
+
+    Raises:
+        CheckpointError: If one of ``stacks`` carries it and counts positions in no way that is known.
+    """
+    fixed = [stack.name for stack in target.stacks if stack.name in stacks and stack.positions is None]
+    if fixed:
+        raise target.damaged(
+            f"its first real token stands behind the prefix, and prefixkit knows no way to move the positions of this "
+            f"{type(target.model).__name__}'s {fixed[0]}; train a prefix with positions='none' here"
+        )
+
+
 def tensor(target: Target, tensors: Mapping[str, object], name: str, dims: int | None = None) -> torch.Tensor:
     """A plain tensor of floating-point numbers, as float32.
 

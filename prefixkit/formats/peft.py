@@ -23,7 +23,7 @@ import torch
 
 from prefixkit.adapter import Site
 from prefixkit.formats import fields, tensor_files
-from prefixkit.formats.found import FLAT, MLP, Found, Target, found, refuse_others, tensor
+from prefixkit.formats.found import FLAT, MLP, Found, Target, check_moves, found, refuse_others, tensor
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -53,6 +53,7 @@ def read(folder: Path, document: Mapping[str, Any], target: Target) -> Found:
     head = {name.removeprefix(BASE): tensor(target, tensors, name) for name in tensors if name.startswith(BASE)}
     two = _has_two_submodules(document, target)
     sites = target.of_stack("decoder") if two else target.sites
+    check_moves(target, {site.stack for site in sites})
     layers = _check_shape(document, target, prompt, sites, two=two)
     return found(
         target,

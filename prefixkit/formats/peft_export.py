@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from prefixkit import checkpoint_files, placement, transformers_internals as internals
+from prefixkit.attachment import MODULE
 from prefixkit.errors import CheckpointError
 from prefixkit.formats.peft import BASE, CARTRIDGE, CONFIG_FILE, PREFIX_TUNING, PROMPT, TENSOR_FILES, deal, slots
 from prefixkit.head import head_parameters
@@ -146,23 +147,30 @@ def _reasons_of_head(model: PreTrainedModel, attachment: Attachment, task: Task)
             f"{', '.join(others)} trained with it, and the heads that PEFT looks for in a {type(model).__name__} are: "
             f"{possible}; apply it with head=False, or {OWN_FORMAT}"
         )
-    if task.modules and not internals.takes(model, "past_key_values") and not _head_is_as_peft_runs_it(model, task):
+    by_name = internals.takes(model, "past_key_values")
+    if task.modules and not by_name and not _head_is_as_peft_runs_it(model, task):
         yield (
             f"PEFT calls the body and the head of a {type(model).__name__} by itself, the head on the pooled output, "
             f"and this head is none of that kind; {OWN_FORMAT}"
         )
+    if not task.modules and not by_name and not internals.takes_any_keyword(model):
+        yield f"PEFT passes past_key_values, which {type(model).__name__} does not hand to its body; {OWN_FORMAT}"
     if model.config.is_encoder_decoder and task.modules:
         yield f"of encoder-decoders PEFT serves language models, and this is a {type(model).__name__}; {OWN_FORMAT}"
+    if any(kind.__name__.endswith("ForMultipleChoice") for kind in type(model).__mro__):
+        yield f"PEFT has no task of multiple choice, which makes several rows of one; {OWN_FORMAT}"
 
 
 def _head_is_as_peft_runs_it(model: PreTrainedModel, task: Task) -> bool:
-    """PEFT gives the head what the body's pooler gives, or where it has none, the states."""
-    name = next((name for name, _ in model.named_children() if name in task.modules), None)
-    body = next((part for part in model.children() if hasattr(part, "get_input_embeddings")), None)
-    if name is None or body is None:
+    """PEFT gives the head what the body's pooler gives, or where it has none, the states; and calls nothing else."""
+    children = model.named_children()
+    parts = {name: part for name, part in children if name != MODULE and any(True for _ in part.parameters())}
+    heads = [part for name, part in parts.items() if name in task.modules]
+    bodies = [part for name, part in parts.items() if name not in task.modules]
+    if len(heads) != 1 or len(bodies) != 1:
         return False
-    linear = isinstance(model.get_submodule(name), nn.Linear)
-    pooled = getattr(body, "pooler", None) is not None
+    linear = isinstance(heads[0], nn.Linear)
+    pooled = getattr(bodies[0], "pooler", None) is not None
     return linear == pooled if task.task_type == "SEQ_CLS" else linear
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import torch
 
-from prefixkit.formats.found import FLAT, MLP, Found, Target, check_width, found, refuse_others, tensor
+from prefixkit.formats.found import FLAT, MLP, Found, Target, check_moves, check_width, found, refuse_others, tensor
 from prefixkit.formats.mlp import fold
 
 PARTS = {
@@ -69,6 +69,8 @@ def _found(
 ) -> Found:
     # The buffer of token numbers is 0 to P - 1 always.
     refuse_others(target, tensors, known | {"input_tokens"})
+    if not target.is_encoder_decoder:
+        check_moves(target, ["decoder"])
     return found(
         target,
         flat,

@@ -6,11 +6,12 @@ the file's. What asks for anything else is refused.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
 
 from prefixkit.errors import CheckpointError
@@ -18,14 +19,48 @@ from prefixkit.errors import CheckpointError
 SAFE = ".safetensors"
 
 
-def read(path: Path) -> dict[str, Any]:
+class SafeTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a safetensors file by name, each read when it is asked for.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.file = _open(path)
+            self.names = tuple(self.file.keys())
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        try:
+            value: torch.Tensor = self.file.get_tensor(name)
+        except (safetensors.SafetensorError, OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{self.path}: {name!r} cannot be read: {error}") from error
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def read(path: Path) -> Mapping[str, Any]:
     """What the file holds, by name; of a pickle, perhaps not only tensors.
 
     Raises:
         CheckpointError: If it is damaged, holds no names, or holds more than data.
     """
     if path.suffix == SAFE:
-        return _safetensors(path)
+        return SafeTensors(path)
     content = unpickle(path)
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected tensors by name")
@@ -58,11 +93,8 @@ def _lists_of_parameters() -> AbstractContextManager[object]:
     return nullcontext() if allow is None else allow([torch.nn.ParameterList])
 
 
-def _safetensors(path: Path) -> dict[str, Any]:
-    try:
-        return dict(safetensors.torch.load_file(path))
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
+def _open(path: Path) -> Any:
+    return safetensors.safe_open(path, framework="pt")
 
 
 def _first_line(error: Exception) -> str:
