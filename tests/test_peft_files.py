@@ -33,6 +33,7 @@ from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
 )
+from versions import since
 
 import prefixkit
 from prefixkit import CheckpointError
@@ -72,6 +73,8 @@ EVERY = {
     **{name: (make, "SEQ_2_SEQ_LM") for name, make in SEQ2SEQ.items()},
     **TASKS,
 }
+SINCE_5 = since("5.0", "BERT takes a prefix, or a cache from PEFT, in no way that is right")
+NAMES = [pytest.param(name, marks=[SINCE_5] if "bert" in name else []) for name in EVERY]
 KINDS = ("flat", "projection", "cartridge")
 # PEFT calls what transformers deprecates.
 pytestmark = pytest.mark.filterwarnings(
@@ -132,7 +135,7 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", NAMES)
 def test_there_and_back(name, kind, dtype, tmp_path):
     """PEFT's folder, loaded here, gives PEFT's logits; saved for PEFT again, PEFT gives them too."""
     peft = trained(name, kind, dtype)
@@ -183,7 +186,7 @@ def ours(name, method="p-tuning-v2", **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["p-tuning-v2", "prefix-tuning"])
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", NAMES)
 def test_ours_there_and_back(name, method, dtype, tmp_path):
     """Saved for PEFT, PEFT gives our logits; its own save of that gives them here again."""
     if name.endswith("-even") and method == "prefix-tuning":
@@ -208,14 +211,30 @@ def test_ours_there_and_back(name, method, dtype, tmp_path):
     assert torch.equal(numbers(last, **inputs), numbers(fresh, **inputs))
 
 
+def greedy(model, ids, steps):
+    """Token by token through whole forwards; PEFT's own ``generate`` is another on T5 with transformers 4."""
+    mask = torch.ones_like(ids)
+    two = model.config.is_encoder_decoder
+    found = torch.full((len(ids), 1), model.config.decoder_start_token_id) if two else ids
+    for _ in range(steps):
+        inputs = {"decoder_input_ids": found} if two else {}
+        logits = tiny.logits(
+            model, input_ids=ids if two else found, **inputs, **({"attention_mask": mask} if two else {})
+        )
+        found = torch.cat([found, logits[:, -1:].argmax(-1)], dim=1)
+    return found
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "t5", "bart"])
 def test_generation_is_peft_s(name, tmp_path):
     peft = trained(name)
     peft.save_pretrained(tmp_path)
     model = prefixkit.load(EVERY[name][0](), tmp_path)
-    arguments = {"input_ids": tiny.tokens(2, 6), "max_new_tokens": 6, "do_sample": False}
-    arguments["attention_mask"] = torch.ones_like(arguments["input_ids"])
-    assert torch.equal(model.generate(**arguments), peft.generate(**arguments))
+    ids = tiny.tokens(2, 6)
+    found = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, eos_token_id=None
+    )
+    assert torch.equal(found, greedy(peft, ids, 6))
 
 
 def test_pickled_weights_of_peft(tmp_path):

@@ -147,6 +147,8 @@ def _reasons_of_head(model: PreTrainedModel, attachment: Attachment, task: Task)
             f"{', '.join(others)} trained with it, and the heads that PEFT looks for in a {type(model).__name__} are: "
             f"{possible}; apply it with head=False, or {OWN_FORMAT}"
         )
+    if model.config.is_encoder_decoder and task.modules:
+        yield f"of encoder-decoders PEFT serves language models, and this is a {type(model).__name__}; {OWN_FORMAT}"
     by_name = internals.takes(model, "past_key_values")
     if task.modules and not by_name and not _head_is_as_peft_runs_it(model, task):
         yield (
@@ -155,8 +157,6 @@ def _reasons_of_head(model: PreTrainedModel, attachment: Attachment, task: Task)
         )
     if not task.modules and not by_name and not internals.takes_any_keyword(model):
         yield f"PEFT passes past_key_values, which {type(model).__name__} does not hand to its body; {OWN_FORMAT}"
-    if model.config.is_encoder_decoder and task.modules:
-        yield f"of encoder-decoders PEFT serves language models, and this is a {type(model).__name__}; {OWN_FORMAT}"
     if any(kind.__name__.endswith("ForMultipleChoice") for kind in type(model).__mro__):
         yield f"PEFT has no task of multiple choice, which makes several rows of one; {OWN_FORMAT}"
 
