@@ -14,6 +14,7 @@ import torch
 from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from test_checkpoint import assert_same, state
 from transformers import (
+    BartForCausalLM,
     BartForSequenceClassification,
     BertConfig,
     BertForMultipleChoice,
@@ -47,6 +48,9 @@ DECODERS = {
     "llama-mqa": lambda: tiny.make("llama-mqa"),
     "mistral": lambda: tiny.make("mistral"),
     "qwen2": lambda: made(Qwen2ForCausalLM(Qwen2Config(**tiny.llama_sizes()))),
+    "bart-decoder": lambda: made(
+        BartForCausalLM(tiny.bart(encoder_layers=5, encoder_attention_heads=2, is_decoder=True))
+    ),
     "opt": lambda: made(OPTForCausalLM(OPTConfig(**OPT))),
 }
 SEQ2SEQ = {
@@ -167,6 +171,15 @@ def assert_different(found, expected):
     assert found.shape != expected.shape or not torch.allclose(found.float(), expected.float(), atol=1e-3)
 
 
+METHODS = [
+    pytest.param(name, method, marks=[SINCE_5] if "bert" in name else [])
+    for name in EVERY
+    for method in ("p-tuning-v2", "prefix-tuning")
+    # An MLP gives no two layers the same prefix.
+    if not (name.endswith("-even") and method == "prefix-tuning")
+]
+
+
 def ours(name, method="p-tuning-v2", **options):
     """A model with a prefix of ours that PEFT can express, head included."""
     model = EVERY[name][0]()
@@ -185,12 +198,9 @@ def ours(name, method="p-tuning-v2", **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["p-tuning-v2", "prefix-tuning"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "method"), METHODS)
 def test_ours_there_and_back(name, method, dtype, tmp_path):
     """Saved for PEFT, PEFT gives our logits; its own save of that gives them here again."""
-    if name.endswith("-even") and method == "prefix-tuning":
-        pytest.skip("an MLP gives no two layers the same prefix")
     model = ours(name, method).to(dtype)
     inputs = tiny.inputs(model)
     expected = numbers(model, **inputs)
@@ -497,6 +507,16 @@ def test_a_model_that_peft_would_not_run_right(tmp_path):
     trained("llama").save_pretrained(other)
     with pytest.raises(CheckpointError, match="num_attention_heads is 2 and token_dim is 16, heads of 8; "):
         prefixkit.load(tiny.make("llama-mqa"), other)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("gpt2", {"n_layer": 2}), ("t5", {"num_layers": 2, "num_decoder_layers": 2})]
+)
+def test_a_deeper_model_s_prefix_is_refused(name, sizes, tmp_path):
+    trained(name).save_pretrained(tmp_path)
+    shallow = tiny.make(name, **sizes, **({"d_kv": 8} if name == "t5" else {}))
+    with pytest.raises(CheckpointError, match=r"num_layers is 3; .* stands in layers \[0, 1\]$"):
+        prefixkit.load(shallow, tmp_path)
 
 
 def test_our_own_files_come_first(tmp_path):

@@ -3,17 +3,18 @@
 There is one parametrisation for each kind of attention: ``<base>.prefix_tuning.prefix_tunings.<name>.`` and
 ``self_prefix`` (the only one of a decoder or an encoder alone), ``encoder_prefix`` or ``cross_prefix``. Each has its
 own layers only, so ``leave_out`` makes it narrower. Under it stand ``wte.weight`` and ``control_trans.{0,2}``, or
-``control_trans`` alone, which is flat: one row of numbers, ``(P, layers × 2, kv_heads, head_dim)``. Older files have
-all of it again in every layer, under ``.pool.``.
+``control_trans`` alone, which is flat: one row of numbers, ``(P, layers × 2, kv_heads, head_dim)``. The file has it all
+again for every layer, under ``.pool.``.
 
 K and V join inside the attention and the mask gets columns that everyone sees: real tokens keep their positions, and
 the prefix is never out of sight.
 
-This rests on the source of adapters 1.3.0: ``methods/prefix_tuning.py``, ``loading.py``, and where
-``PrefixTuningLayer`` is made in ``models/*/mixin_*.py``. Two things of that library are not repeated here. Under SDPA
-without padding its causal mask is wrong; and where positions are a relative bias, its real tokens are P further from
-one another than the model was trained for, since keys are counted from the first column of the prefix on and queries
-are not. No position policy has the latter, so that a warning says that the numbers are others.
+This rests on the source of adapters 1.3.0 (``methods/prefix_tuning.py``, ``loading.py``, and where
+``PrefixTuningLayer`` is made in ``models/*/mixin_*.py``), and on files that it wrote. Two things of that library are
+not repeated here. Under SDPA without padding its causal mask is wrong; and where positions are a relative bias, its
+real tokens are P further from one another than the model was trained for, since keys are counted from the first column
+of the prefix on and queries are not. No position policy has the latter, so that a warning says that the numbers are
+others.
 """
 
 from __future__ import annotations

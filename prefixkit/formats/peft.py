@@ -54,10 +54,10 @@ def read(folder: Path, document: Mapping[str, Any], target: Target) -> Found:
     two = _has_two_submodules(document, target)
     sites = target.of_stack("decoder") if two else target.sites
     check_moves(target, {site.stack for site in sites})
-    layers = _check_shape(document, target, prompt, sites, two=two)
+    layers = _check_shape(document, target, prompt, sites)
     return found(
         target,
-        deal(prompt, layers, sites) if two else prompt,
+        deal(prompt, layers, sites) if two else prompt[:, : prompt.shape[1] * len(sites) // layers],
         method=MLP if document.get("prefix_projection") is True else FLAT,
         head=head,
         stacks=("decoder",) if two else None,
@@ -92,13 +92,12 @@ def _has_two_submodules(document: Mapping[str, Any], target: Target) -> bool:
     return stated == 2
 
 
-def _check_shape(
-    document: Mapping[str, Any], target: Target, prompt: torch.Tensor, sites: tuple[Site, ...], *, two: bool
-) -> int:
+def _check_shape(document: Mapping[str, Any], target: Target, prompt: torch.Tensor, sites: tuple[Site, ...]) -> int:
     """Refuse where layers, heads and numbers are not those of the sites; returns ``num_layers``."""
     layers = fields.whole(target, document, "num_layers") or len(sites)
-    spare = two and len(sites) < layers  # a decoder with fewer layers leaves the last ones' slots alone
-    if [site.layer for site in sites] != list(range(layers)[: len(sites)]) or not (len(sites) == layers or spare):
+    # Of a model with an encoder's depth in its config, PEFT takes that; a decoder may have fewer layers.
+    depths = {len(sites), getattr(target.model.config.get_text_config(), "num_hidden_layers", len(sites))}
+    if layers not in depths or [site.layer for site in sites] != list(range(layers)[: len(sites)]):
         raise target.damaged(
             f"num_layers is {layers}; the attention of this {type(target.model).__name__} that would carry the "
             f"prefix stands in layers {[site.layer for site in sites]}"

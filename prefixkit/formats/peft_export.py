@@ -115,18 +115,19 @@ def _reasons_of_place(model: PreTrainedModel, attachment: Attachment) -> Iterato
                 f"PEFT hands it over in past_key_values, which {type(module).__name__} does not take or keeps in "
                 f"another form; {OWN_FORMAT}"
             )
-    layers, every = [site.layer for site in attachment.layout.sites if site.stack == allowed[0]], _depth(model)
+    layers, every = (
+        [site.layer for site in attachment.layout.sites if site.stack == allowed[0]],
+        _depth(model, allowed[0]),
+    )
     if attachment.config.layers is not None or layers != list(range(every)):
         yield f"it stands in layers {layers} of {every}, and PEFT's in all; apply it without layers=, or {OWN_FORMAT}"
 
 
-def _depth(model: PreTrainedModel) -> int:
+def _depth(model: PreTrainedModel, stack: str) -> int:
     """How many layers the stack has that PEFT gives a prefix."""
-    config: Any = model.config
-    names = ("decoder_layers", "num_decoder_layers") if config.is_encoder_decoder else ()
-    text = config.get_text_config()
-    depth = next((getattr(config, name) for name in names if hasattr(config, name)), None)
-    return int(text.num_hidden_layers if depth is None else depth)
+    config: Any = model.config.get_text_config()
+    names = ("decoder_layers", "num_decoder_layers") if stack == "decoder" else ()
+    return int(next((getattr(config, name) for name in names if hasattr(config, name)), config.num_hidden_layers))
 
 
 def _reasons_of_shape(attachment: Attachment) -> Iterator[str]:
@@ -210,6 +211,8 @@ def _flat(model: PreTrainedModel, attachment: Attachment) -> torch.Tensor:
 
 def _num_layers(model: PreTrainedModel, attachment: Attachment) -> int:
     """PEFT's ``num_layers``: of an encoder-decoder it takes the encoder's."""
+    if not model.config.is_encoder_decoder:
+        return len(attachment.layout.sites)
     return max(int(model.config.get_text_config().num_hidden_layers), len(attachment.layout.sites))
 
 
