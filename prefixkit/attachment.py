@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from prefixkit import placement
-from prefixkit.adapter import Stack, join_path
+from prefixkit.adapter import STACKS, Stack, join_path
 from prefixkit.additions import GATE, Addition, GatedPrefix, PrefixMemory, split_gate, split_memory
 from prefixkit.as_it_was import as_it_was
 from prefixkit.attention_engine import AttentionEngine
@@ -232,3 +232,14 @@ class Attachment:
         if name.startswith("head."):
             return name.removeprefix("head.")
         return join_path(MODULE, self.config.name, name)
+
+
+def merged_stacks(attachments: Iterable[Attachment]) -> tuple[Stack, ...]:
+    """The stacks of one model, each with the sites of all these prefixes, in the order in which they are called."""
+    every = list(attachments)
+    stacks = []
+    for stack in every[0].stacks:
+        sites = {site.place: site for one in every for site in one.at(stack.path).sites}
+        ordered = sorted(sites.values(), key=lambda site: (site.layer, STACKS.index(site.stack)))
+        stacks.append(replace(stack, sites=tuple(ordered)))
+    return tuple(stacks)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from prefixkit.attachment import Attachment
+from prefixkit.attachment import Attachment, merged_stacks
 from prefixkit.errors import ConfigError, EngineError
 from prefixkit.layout import KeyValue, Layout
 
@@ -87,12 +87,8 @@ class Mixture:
         # Dropout is each prefix's own, and applied where their numbers are put together.
         self.config = replace(first.config, num_virtual_tokens=tokens, method_options={}, num_frozen_tokens=0)
         self.engine, self.host, self.gives, self.adds = first.engine, first.host, first.gives, False
-        self.stacks = tuple(self._merged(stack) for stack in first.stacks)
+        self.stacks = merged_stacks(used.values())
         self.layout = Layout(site for stack in self.stacks for site in stack.sites)
-
-    def _merged(self, stack: Stack) -> Stack:
-        every = {site.place: site for one in self.used.values() for site in one.at(stack.path).sites}
-        return replace(stack, sites=tuple(sorted(every.values(), key=lambda site: (site.stack, site.layer))))
 
     def at(self, path: str) -> Stack:
         """The stack at ``path``, with the sites of these prefixes."""

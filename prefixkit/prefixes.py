@@ -9,13 +9,13 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from prefixkit.attachment import MODULE, Attachment
+from prefixkit.attachment import MODULE, Attachment, merged_stacks
 from prefixkit.attention_engine import stand_before_attention
 from prefixkit.beside_peft import peft_parameters
 from prefixkit.call import StackCall
@@ -76,11 +76,7 @@ class Prefixes:
     @property
     def stacks(self) -> tuple[Stack, ...]:
         """The model's stacks, each with the sites of every prefix."""
-        return tuple(self._merged(stack) for stack in self.attachment.stacks)
-
-    def _merged(self, stack: Stack) -> Stack:
-        every = {site.place: site for one in self.attachments.values() for site in one.at(stack.path).sites}
-        return replace(stack, sites=tuple(sorted(every.values(), key=lambda site: (site.stack, site.layer))))
+        return merged_stacks(self.attachments.values())
 
     def add(self, new: Attachment) -> None:
         """One more prefix, which becomes the active one.
