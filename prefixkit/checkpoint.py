@@ -179,4 +179,5 @@ def _fill(attachment: Attachment, tensors: Mapping[str, torch.Tensor]) -> None:
             if name in own:
                 own[name].copy_(value)
             else:
-                attachment.kept_head[name.removeprefix("head.")] = value
+                # With memory of its own: numbers in the middle of a file may lie where kernels sum in another order.
+                attachment.kept_head[name.removeprefix("head.")] = value.clone()

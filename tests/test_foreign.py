@@ -9,7 +9,6 @@ import shutil
 
 import foreign
 import pytest
-import reference
 import tiny
 import torch
 from hypothesis import given, strategies as st
@@ -69,7 +68,6 @@ CASES = {
     "hub-bart": ("bart-uneven", hub(THREE, base="model"), NONE, MLP),
     "hub-bart-two": ("bart", hub({"self_prefix": "decoder", "cross_prefix": "cross"}), NONE, MLP),
     "hub-bart-flat": ("bart", hub(THREE, base="model", flat=True, safe=True), NONE, FLAT),
-    "hub-t5": ("t5", hub(THREE), NONE, MLP),
     "2021-gpt2": ("gpt2", writer(foreign.prefix_tuning_2021), SHIFT, MLP),
     "2021-gpt2-deep": ("gpt2", writer(foreign.prefix_tuning_2021, deep=True), SHIFT, MLP),
     "2021-gpt2-flat": ("gpt2", writer(foreign.prefix_tuning_2021_flat), SHIFT, FLAT),
@@ -193,33 +191,37 @@ def test_frozen_tokens_stay_when_a_cartridge_trains_on(tmp_path):
     assert moved.tolist() == [False, False, True, True]
 
 
+@SINCE_5
+def test_beside_another_prefix(tmp_path):
+    """What is read off the model is read off the bare one."""
+    pairs = foreign.adapterhub(tmp_path, MODELS["bert"](), stacks=ENCODER, base="bert")
+    model = MODELS["bert"]()
+    prefixkit.apply(model, num_virtual_tokens=3, name="other")
+    ids = tiny.tokens(2, 7)
+    before = tiny.logits(model, input_ids=ids)
+    prefixkit.load(model, tmp_path, name="theirs")
+    bare = MODELS["bert"]().double()
+    close(tiny.logits(model, input_ids=ids), foreign.cached_logits(bare, pairs, ids, shift=False).float())
+    prefixkit.activate(model, "other")
+    assert torch.equal(tiny.logits(model, input_ids=ids), before)
+    with pytest.raises(prefixkit.AttachmentError, match="already has a prefix 'theirs'"):
+        prefixkit.load(model, tmp_path, name="theirs")
+
+
 def test_dropout_of_the_library_comes_along(tmp_path):
     foreign.adapterhub(tmp_path, tiny.make("gpt2"), stacks=ALONE, dropout=0.25)
     model = prefixkit.load(tiny.make("gpt2"), tmp_path)
     assert prefixkit.config(model).prefix_dropout == 0.25
 
 
-def test_relative_bias_that_adapterhub_moves_is_said_loudly(tmp_path):
-    model = tiny.make("t5")
-    foreign.adapterhub(tmp_path, model, stacks=THREE)
-    with pytest.warns(UserWarning, match="in the encoder and the decoder AdapterHub moves the relative bias of real"):
-        prefixkit.load(model, tmp_path)
-
-
-@MOVED
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="no position policy moves keys and leaves queries")
-def test_relative_bias_as_adapterhub_moves_it(tmp_path, monkeypatch):
+def test_a_relative_bias_that_adapterhub_moves_is_refused(tmp_path):
     """Its queries are counted from 0 and its keys from the prefix's first column, so that all are P further apart."""
     model = tiny.make("t5")
-    pairs = foreign.adapterhub(tmp_path, model, stacks=THREE)
-    prefixkit.load(model, tmp_path)
-    inputs = tiny.inputs(model)
-    own = reference.t5_bucket
-    monkeypatch.setattr(
-        reference, "t5_bucket", lambda distance, *args, **options: own(distance + foreign.P, *args, **options)
-    )
-    ids = inputs["input_ids"], inputs["decoder_input_ids"]
-    close(tiny.logits(model, **inputs), foreign.written_out_logits(tiny.make("t5"), pairs, *ids, shift=True))
+    foreign.adapterhub(tmp_path, model, stacks=THREE)
+    message = "in the encoder and the decoder AdapterHub moves the relative bias of real tokens"
+    with pytest.raises(prefixkit.CheckpointError, match=message):
+        prefixkit.load(model, tmp_path)
+    assert prefixkit.names(model) == []
 
 
 def drop(name):

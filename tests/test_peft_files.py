@@ -266,9 +266,9 @@ def test_embeddings_that_were_resized_come_along(tmp_path):
     inputs = tiny.inputs(model)
     assert_equal(numbers(model, **inputs), numbers(peft, **inputs))
     assert prefixkit.config(model).head == ("transformer.wte", "lm_head")
-    assert [name for name in model._prefixkit.attachment.tensors(model) if "head." in name] == [
-        "head.transformer.wte.weight"
-    ]
+    prefixkit.save(model, tmp_path / "own")
+    saved = safetensors.torch.load_file(tmp_path / "own" / "prefix.safetensors")
+    assert sorted(saved) == ["embedding.weight", "head.transformer.wte.weight"]
 
 
 def test_a_head_that_did_not_train_is_in_the_file_all_the_same(tmp_path):

@@ -13,14 +13,12 @@ This rests on the source of adapters 1.3.0 (``methods/prefix_tuning.py``, ``load
 ``PrefixTuningLayer`` is made in ``models/*/mixin_*.py``), and on files that it wrote. Two things of that library are
 not repeated here. Under SDPA without padding its causal mask is wrong; and where positions are a relative bias, its
 real tokens are P further from one another than the model was trained for, since keys are counted from the first column
-of the prefix on and queries are not. No position policy has the latter, so that a warning says that the numbers are
-others.
+of the prefix on and queries are not. No position policy has the latter, so such a prefix is refused.
 """
 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +57,7 @@ def read(folder: Path, document: Mapping[str, Any], target: Target) -> Found:
     if target.main_stack not in parts:
         raise target.damaged("it holds no prefix_tunings with a self_prefix")
     refuse_others(target, tensors, {name for _, names in parts.values() for name in names})
-    _warn_of_bias(target, by_stack)
+    _refuse_moved_bias(target, by_stack)
     order = [stack for stack in ("encoder", "decoder", "cross") if stack in parts]
     flats = [parts[stack][0] for stack in order]
     if len({len(flat) for flat in flats}) > 1:
@@ -160,13 +158,13 @@ def _head(folder: Path, target: Target) -> dict[str, torch.Tensor]:
     return {} if path is None else task_head(target, tensor_files.read(path))
 
 
-def _warn_of_bias(target: Target, carrying: Collection[str]) -> None:
+def _refuse_moved_bias(target: Target, carrying: Collection[str]) -> None:
+    """There real tokens stand P further apart than in the model, which no position policy can say."""
     relative = (stack.name for stack in target.stacks if isinstance(stack.positions, RelativeBias))
     moved = [name for name in relative if name in carrying]
     if moved:
-        warnings.warn(
-            f"{target.path}: in the {' and the '.join(moved)} AdapterHub moves the relative bias of real tokens by "
-            "the length of the prefix; here it is the model's own, with positions='none', so that logits differ from "
-            "that library's. Train on before use",
-            stacklevel=2,
+        raise target.damaged(
+            f"in the {' and the '.join(moved)} AdapterHub moves the relative bias of real tokens by the length of the "
+            "prefix, and prefixkit leaves it as the model has it, so it would give other numbers here; train the prefix "
+            "anew with prefixkit"
         )
