@@ -85,11 +85,9 @@ CASES = {
 FROZEN = {"cartridge-llama": 2, "cartridge-old": 1, "cartridge-segments": 2}
 SINCE_5 = since("5.0", "BERT's attention is off the interface")
 NAMES = [pytest.param(case, marks=[SINCE_5] if "bert" in case else []) for case in CASES]
-MOVED = pytest.mark.filterwarnings("ignore:.*AdapterHub moves the relative bias:UserWarning")
 """Said loudly of one model, and asserted below."""
 
 
-@MOVED
 @pytest.mark.parametrize("case", NAMES)
 def test_logits_are_the_library_s(case, tmp_path):
     """Positions and all; and what was loaded is saved and loaded as any prefix of ours."""

@@ -165,6 +165,6 @@ def _refuse_moved_bias(target: Target, carrying: Collection[str]) -> None:
     if moved:
         raise target.damaged(
             f"in the {' and the '.join(moved)} AdapterHub moves the relative bias of real tokens by the length of the "
-            "prefix, and prefixkit leaves it as the model has it, so it would give other numbers here; train the prefix "
-            "anew with prefixkit"
+            "prefix, and prefixkit leaves it as the model has it, so it would give other numbers here; train a "
+            "prefix anew with prefixkit"
         )
