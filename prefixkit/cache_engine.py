@@ -280,7 +280,7 @@ def _visible(attachment: Served, stack: str) -> torch.Tensor | None:
     if lengths is None or place is None:
         return None
     tokens = attachment.config.num_virtual_tokens
-    return torch.arange(tokens) >= tokens - lengths[place][:, None]
+    return torch.arange(tokens) >= tokens - torch.tensor(lengths[place])[:, None]
 
 
 def _whole(call: StackCall) -> torch.Tensor:

@@ -84,3 +84,17 @@ def _two_dimensional(mask: Any, batch: int, *, static: bool) -> torch.Tensor | N
         return None
     last = mask[:, 0, -1]
     return last if last.dtype == torch.bool else last == 0
+
+
+def batch_of(arguments: dict[str, Any]) -> int:
+    """Rows of a stack's call, whatever it reads: tokens, states, pictures or sound.
+
+    Raises:
+        EngineError: If it is given no tensor.
+    """
+    if any(arguments.get(name) is not None for name in ("input_ids", "inputs_embeds")):
+        return StackCall.read(arguments, 0).batch
+    first = next((value for value in arguments.values() if isinstance(value, torch.Tensor) and value.ndim > 1), None)
+    if first is None:
+        raise EngineError("a stack was called without any tensor that has rows")
+    return len(first)

@@ -14,6 +14,7 @@ from prefixkit.attachment import Attachment
 from prefixkit.discovery import installed
 from prefixkit.errors import ConfigError
 from prefixkit.lifecycle import changing
+from prefixkit.method import EMBEDDINGS
 from prefixkit.prefix_encoder import flat_encoder
 from prefixkit.prefixes import require
 from prefixkit.turning import rotations, turn
@@ -46,7 +47,7 @@ def average(model: Model, weights: Mapping[str, float], name: str = "average") -
     """
     parts = _parts(model, list(weights))
     first = parts[0]
-    _check_alike(parts, {"length": lambda one: one.tokens_by_place(), "head": lambda one: one.config.head})
+    _check_alike(parts, ("num_virtual_tokens", "layer_tokens", "head"))
     with torch.no_grad():
         flat = _sum([one.flat_of(model).detach() for one in parts], weights.values())
         heads = [one.head_values(model) for one in parts]
@@ -110,21 +111,19 @@ def _parts(model: PreTrainedModel, names: list[str]) -> list[Attachment]:
         if one.adds or one.config.infix:
             what = "an infix" if one.config.infix else "a gate, or no keys and values"
             raise ConfigError(f"prefix {one.config.name!r} has {what}; only plain keys and values can be combined")
-    kinds = {"sites": lambda one: one.layout.sites}
-    _check_alike(parts, kinds | {key: lambda one, key=key: getattr(one.config, key) for key in ("positions", "window")})
+        if one.gives == EMBEDDINGS:  # what the base makes of them may depend on the head that is in it
+            raise ConfigError(f"prefix {one.config.name!r} has no keys and values yet; activate and fold it first")
+    _check_alike(parts, ("sites", "positions", "window"))
     return parts
 
 
-def _check_alike(parts: list[Attachment], kinds: Mapping[str, object]) -> None:
-    for what, of in kinds.items():
-        assert callable(of)
-        found = [of(one) for one in parts]
+def _check_alike(parts: list[Attachment], fields: Iterable[str]) -> None:
+    for field in fields:
+        found = [getattr(one.config, field) for one in parts]
         odd = next((index for index, value in enumerate(found) if value != found[0]), None)
         if odd is not None:
-            raise ConfigError(
-                f"{what} of prefix {parts[odd].config.name!r} is not that of {parts[0].config.name!r}: {found[odd]}, "
-                f"and {found[0]}"
-            )
+            one, other = (parts[index].config.name for index in (odd, 0))
+            raise ConfigError(f"{field} of prefix {one!r} is not that of {other!r}: {found[odd]!r}, and {found[0]!r}")
 
 
 def _check_places(parts: list[Attachment], places: str | None) -> None:

@@ -118,7 +118,7 @@ class BeforeLabels:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note it for this call, or what :class:`GenerateBehind` said still holds."""
-        if not self.prefixes.attachment.config.infix:
+        if not self.prefixes.puts_behind:
             return
         labels = {**dict(zip(self.names, args, strict=False)), **kwargs}.get("labels")
         generating = _frame_of(self.identity, generates=True)
@@ -139,7 +139,7 @@ class AfterLabels:
 
     def __call__(self, *_: Any) -> None:
         """Forget it."""
-        if self.prefixes.attachment.config.infix:
+        if self.prefixes.puts_behind:
             frame = _starts.get()
             _starts.set(frame.outer if frame else None)
 
@@ -154,7 +154,7 @@ class GenerateBehind(OwnGenerate):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the method of the class."""
-        if not self.prefixes.attachment.config.infix:
+        if not self.prefixes.puts_behind:
             return self.original()(*args, **kwargs)
         if kwargs.get("past_key_values") is not None and kwargs["past_key_values"].get_seq_length():
             raise EngineError(

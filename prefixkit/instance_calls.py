@@ -16,6 +16,7 @@ import torch
 from torch.nn.modules.module import _IncompatibleKeys
 
 from prefixkit import checkpoint_files, transformers_internals as internals
+from prefixkit.attachment import MODULE
 from prefixkit.beside_peft import has_peft_layers, peft_parameters
 from prefixkit.cache_engine import CacheEngine
 from prefixkit.errors import CheckpointError, EngineError
@@ -97,6 +98,13 @@ class LoadStateDict:
     def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
         """As the method of the class; without ``strict`` only prefix and head can be missing."""
         attachment = require(self.model).attachment
+        given = {key.split(".")[1] for key in state_dict if key.startswith(f"{MODULE}.")}
+        if given and attachment.config.name not in given:
+            theirs = ", ".join(map(repr, sorted(given)))
+            raise CheckpointError(
+                f"these are the numbers of prefix {theirs}, and {attachment.config.name!r} is active; activate the one "
+                "that they belong to"
+            )
         method = type(self.model).load_state_dict
         missing, unexpected = method(self.model, state_dict, strict=strict, assign=assign)
         ours = {attachment.state_name(name) for name in attachment.tensors(self.model)}

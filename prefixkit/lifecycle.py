@@ -25,7 +25,7 @@ from prefixkit.layout import Layout
 from prefixkit.method import MEMORY, PREFIX, Method
 from prefixkit.prefix_config import PrefixConfig
 from prefixkit.prefix_encoder import PrefixEncoder, flat_encoder
-from prefixkit.prefixes import Prefixes, find, install, require, switch, uninstall, with_base_head
+from prefixkit.prefixes import Prefixes, check_head, find, install, require, switch, uninstall, with_base_head
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -151,6 +151,8 @@ def changing(model: PreTrainedModel) -> Iterator[Prefixes]:
         put_on(model, new)
         return
     check_outside(old)
+    for one in old.attachments.values():
+        check_head(model, old, one)
     trained = {name: value.requires_grad for name, value in model.named_parameters()}
     take_off(model)
     new = replace(old, attachments=dict(old.attachments))
@@ -274,6 +276,8 @@ def unfreeze(model: Model, name: str | None = None) -> Model:
     if attachment is prefixes.attachment:
         for value in attachment.own_head(model).values():
             value.requires_grad_(True)
+    else:
+        attachment.trained = frozenset(attachment.parameters(model))
     return model
 
 

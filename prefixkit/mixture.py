@@ -66,7 +66,7 @@ class Rows:
                 f"prefixkit.rows names the prefixes of {len(self.names)} rows, and this call has {batch}; name one for "
                 "each row (of multiple choice: for each choice of each row)"
             )
-        return tuple(name for name in self.names for _ in range(repeats))
+        return tuple([name for name in self.names for _ in range(repeats)])
 
 
 class Mixture:
@@ -106,20 +106,20 @@ class Mixture:
         """Whether any of the prefixes moves the positions of ``stack``."""
         return any(one.shifts(one.at(stack.path)) for one in self.used.values())
 
-    def offset(self, stack: Stack) -> torch.Tensor:
-        """How far the positions of ``stack`` move, ``(batch, 1)``."""
+    def offset(self, stack: Stack) -> tuple[int, ...]:
+        """How far the positions of ``stack`` move in each row."""
         own = {name: one.offset(one.at(stack.path)) for name, one in self.used.items()}
-        return torch.tensor([[own[name] if name else 0] for name in self.rows])
+        return tuple([own[name] if name else 0 for name in self.rows])
 
     def addition(self, _: Any) -> Addition | None:
         """Nothing: rows are served with keys and values only."""
         return None
 
-    def lengths(self) -> dict[str, torch.Tensor]:
-        """How many virtual tokens each row has, ``(batch,)`` by the site's place."""
+    def lengths(self) -> dict[str, tuple[int, ...]]:
+        """How many virtual tokens each row has, by the site's place."""
         own = {name: one.tokens_by_place() for name, one in self.used.items()}
         return {
-            site.place: torch.tensor([own[name].get(site.place, 0) if name else 0 for name in self.rows])
+            site.place: tuple([own[name].get(site.place, 0) if name else 0 for name in self.rows])
             for site in self.layout.sites
         }
 

@@ -29,13 +29,13 @@ def place_positions(
     stack: Stack,
     arguments: dict[str, Any],
     call: StackCall,
-    offset: int | torch.Tensor,
+    offset: int | tuple[int, ...],
     *,
     moved: Any = True,
 ) -> torch.Tensor:
     """Give the stack its positions, moved by ``offset``, in ``arguments`` or in its table.
 
-    The offset is one for all rows, or ``(batch, 1)``. Only those that ``moved (batch or 1, queries)`` says are moved.
+    The offset is one for all rows, or one for each. Only those that ``moved (batch or 1, queries)`` says are moved.
 
     Returns:
         The positions of the real tokens before moving, ``(batch or 1, queries)``.
@@ -44,19 +44,18 @@ def place_positions(
         EngineError: If the model has no position that far.
     """
     kind = stack.positions
-    farthest = offset if isinstance(offset, int) else int(offset.max())
-    offset = offset if isinstance(offset, int) else offset.to(call.device)
+    by_row = offset if isinstance(offset, int) else torch.tensor(offset, device=call.device)[:, None]
     if isinstance(kind, PositionIds):
         given = arguments.get("position_ids")
         # Some models (XLM) want ids for every row.
         real = call.token_positions().expand(call.batch, -1) if given is None else given - kind.offset
-        _check_limit(real, kind.limit, farthest, call)
-        arguments["position_ids"] = real + offset * moved + kind.offset
+        _check_limit(real, kind.limit, offset, call)
+        arguments["position_ids"] = real + by_row * moved + kind.offset
         return real
     real = call.token_positions()
     if isinstance(kind, PositionTable):
-        _check_limit(real, kind.limit, farthest, call)
-        _under_way.rows = (id(module.get_submodule(kind.path)), real + offset * moved + kind.offset)
+        _check_limit(real, kind.limit, offset, call)
+        _under_way.rows = (id(module.get_submodule(kind.path)), real + by_row * moved + kind.offset)
     return real
 
 
@@ -89,12 +88,13 @@ def forget_positions() -> None:
     _under_way.rows = None
 
 
-def _check_limit(real: torch.Tensor, limit: int | None, offset: int, call: StackCall) -> None:
+def _check_limit(real: torch.Tensor, limit: int | None, offset: int | tuple[int, ...], call: StackCall) -> None:
     """Refuse a position past the table's end; reads values only where one might be."""
-    if limit is None or not isinstance(call.past, int) or offset + call.past + call.queries <= limit:
+    most = offset if isinstance(offset, int) else max(offset)
+    if limit is None or not isinstance(call.past, int) or most + call.past + call.queries <= limit:
         return
-    last = int(real.max()) + offset
+    last = int((real + torch.tensor(offset, device=real.device).reshape(-1, 1)).max())
     if last >= limit:
-        takes = f", of which the prefix takes {offset}" if offset else ""
-        instead = " or the prefix, or pass positions='none'" if offset else ""
+        takes = f", of which the prefix takes {most}" if most else ""
+        instead = " or the prefix, or pass positions='none'" if most else ""
         raise EngineError(f"position {last} is past the model's {limit} positions{takes}; shorten the input{instead}")

@@ -69,7 +69,7 @@ class PrefixState:
             site's place; of several runs of a stack those of the first.
         places: Of the sites that have a prefix in this call; others on the model are left alone.
         lengths: Where rows have prefixes of their own: how many of the virtual tokens, the last ones, each row
-            sees, ``(batch,)`` by the site's place. K and V are then ``(batch, kv_heads, P, dim)``.
+            sees, by the site's place. K and V are then ``(batch, kv_heads, P, dim)``.
     """
 
     pieces: dict[str, KeyValue]
@@ -85,9 +85,9 @@ class PrefixState:
     behind: torch.Tensor | None = None
     read: dict[str, KeyValue] | None = None
     places: frozenset[str] = frozenset()
-    lengths: Mapping[str, torch.Tensor] | None = None
+    lengths: Mapping[str, tuple[int, ...]] | None = None
     _causal: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-    _block_masks: list[tuple[Any, tuple[int | None, int], Any]] = field(default_factory=list)
+    _block_masks: list[tuple[Any, tuple[Any, ...], Any]] = field(default_factory=list)
 
     def causal_mask(self, queries: int, keys: int, device: torch.device) -> torch.Tensor:
         """``(1, 1, queries, keys)``, true where key ``k`` is at most ``q``; made once per call."""
@@ -109,7 +109,7 @@ class PrefixState:
         tokens = self.tokens(site)
         if isinstance(mask, torch.Tensor):
             return widen_mask(mask, self.seen(site), tokens)
-        kind = (site.window, tokens)
+        kind = (site.window, tokens, None if self.lengths is None else self.lengths[site.place])
         for real, of_kind, wider in self._block_masks:
             if real is mask and of_kind == kind:
                 return wider
@@ -140,9 +140,8 @@ class PrefixState:
         """Which virtual tokens are each row's own, ``(batch, 1, 1, P)``; ``None``: all are every row's."""
         if self.lengths is None:
             return None
-        lengths = self.lengths[site.place]
-        columns = torch.arange(self.tokens(site), device=lengths.device)
-        return columns >= self.tokens(site) - lengths[:, None, None, None]
+        lengths = torch.tensor(self.lengths[site.place])
+        return torch.arange(self.tokens(site)) >= self.tokens(site) - lengths[:, None, None, None]
 
     def _near(self, site: Site) -> torch.Tensor | None:
         """Which virtual tokens stand in the site's window, ``(batch or 1, 1, queries, P)``; ``None``: all do."""

@@ -18,7 +18,7 @@ from torch import nn
 from prefixkit.attachment import MODULE, Attachment, merged_stacks
 from prefixkit.attention_engine import stand_before_attention
 from prefixkit.beside_peft import peft_parameters
-from prefixkit.call import StackCall
+from prefixkit.call import batch_of
 from prefixkit.embeddings import reading_now
 from prefixkit.errors import AttachmentError, ConfigError, closest
 from prefixkit.head import head_parameters
@@ -86,6 +86,8 @@ class Prefixes:
             ConfigError: If it cannot stand on one model with the others.
         """
         name = new.config.name
+        if hasattr(nn.ModuleDict, name) or hasattr(nn.ModuleDict(), name):
+            raise ConfigError(f"name is {name!r}, which torch's modules have as an attribute; pass another name=")
         if name in self.attachments:
             raise AttachmentError(
                 f"this model already has a prefix {name!r}; pass another name=, or take that one off first, with "
@@ -119,7 +121,12 @@ class Prefixes:
 
     def served(self, arguments: dict[str, Any]) -> Attachment | Mixture:
         """What the call of a stack with ``arguments`` is served with."""
-        return self.attachment if self.rows is None else self.rows.mixture(self, StackCall.read(arguments, 0).batch)
+        return self.attachment if self.rows is None else self.rows.mixture(self, batch_of(arguments))
+
+    @property
+    def puts_behind(self) -> bool:
+        """Whether calls are served with an infix, which has to know where the text ends."""
+        return self.rows is None and self.attachment.config.infix
 
     def flat(self) -> Any:
         """The flat prefix of the active one, or by name of those that rows have named."""
@@ -200,7 +207,7 @@ def install(model: PreTrainedModel, prefixes: Prefixes) -> None:
 
 def _bring(model: nn.Module, prefixes: Prefixes, attachment: Attachment) -> None:
     """Note where an attachment is now, and what its head was in the base."""
-    head = head_parameters(model, attachment.config.head)
+    head = attachment.own_head(model)
     attachment.host, attachment.head_names = prefixes.identity, tuple(head)
     for name, value in head.items():
         prefixes.base_head.setdefault(name, value.detach().clone())
@@ -210,7 +217,6 @@ def _bring(model: nn.Module, prefixes: Prefixes, attachment: Attachment) -> None
     if attachment.trained is None:
         own = {name for name, value in attachment.encoder.named_parameters() if value.requires_grad}
         attachment.trained = frozenset(own | {f"head.{name}" for name in head})
-    attachment.encoder.requires_grad_(False)
 
 
 def uninstall(model: nn.Module) -> None:
@@ -242,21 +248,44 @@ def _wake(model: nn.Module, prefixes: Prefixes) -> None:
 def _sleep(model: nn.Module, prefixes: Prefixes) -> None:
     """The active prefix neither serves nor trains: the base's head is in the model."""
     attachment = prefixes.attachment
-    head = head_parameters(model, attachment.config.head)
-    intact = tuple(head) == attachment.head_names
+    found = head_parameters(model, attachment.config.head)
+    head = {name: value for name, value in found.items() if name in attachment.head_names}
     trains = {**dict(attachment.encoder.named_parameters()), **{f"head.{name}": value for name, value in head.items()}}
     attachment.trained = frozenset(name for name, value in trains.items() if value.requires_grad)
     for value in trains.values():
         value.requires_grad_(False)
-    if intact and not attachment.kept_head:
+    for value in head.values():
+        value.grad = None  # of this prefix's head, and not of the next one's
+    if tuple(found) == attachment.head_names and not attachment.kept_head:
         take_head(model, prefixes)
 
 
 def switch(model: nn.Module, prefixes: Prefixes, name: str) -> None:
-    """Have the prefix ``name`` serve and train, in place of the active one."""
+    """Have the prefix ``name`` serve and train, in place of the active one.
+
+    Raises:
+        AttachmentError: If the head of one of them is not what it was; nothing is changed then.
+    """
+    for one in (prefixes.attachment, prefixes.named(name)):
+        check_head(model, prefixes, one)
     _sleep(model, prefixes)
     prefixes.active = name
     _wake(model, prefixes)
+
+
+def check_head(model: nn.Module, prefixes: Prefixes, attachment: Attachment) -> None:
+    """Raise if something has changed the head's parameters since, or their sizes.
+
+    Raises:
+        AttachmentError: If it has.
+    """
+    for name, value in attachment.own_head(model).items():
+        aside = attachment.kept_head.get(name, prefixes.base_head.get(name))
+        if aside is not None and aside.shape != value.shape:
+            raise AttachmentError(
+                f"{name!r} of the head is {tuple(value.shape)} now, and was {tuple(aside.shape)} when the prefix was "
+                "applied; resize before that"
+            )
 
 
 def put_head(model: nn.Module, prefixes: Prefixes) -> None:
@@ -267,6 +296,7 @@ def put_head(model: nn.Module, prefixes: Prefixes) -> None:
     attachment = prefixes.attachment
     for name, value in attachment.own_head(model).items():
         value.data, prefixes.base_head[name] = attachment.kept_head.pop(name).to(value), value.data
+    torch.clear_autocast_cache()  # it knows weights by their object, which stays
 
 
 def take_head(model: nn.Module, prefixes: Prefixes) -> None:
@@ -274,12 +304,14 @@ def take_head(model: nn.Module, prefixes: Prefixes) -> None:
     attachment = prefixes.attachment
     for name, value in attachment.own_head(model).items():
         value.data, attachment.kept_head[name] = prefixes.base_head[name].to(value), value.data
+    torch.clear_autocast_cache()
 
 
 @contextmanager
 def with_base_head(model: nn.Module, prefixes: Prefixes) -> Iterator[None]:
     """Inside, the model has the base's head and no prefix."""
     if prefixes.enabled:
+        check_head(model, prefixes, prefixes.attachment)
         take_head(model, prefixes)
     prefixes.disablers += 1
     try:

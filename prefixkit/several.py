@@ -12,7 +12,7 @@ from prefixkit import transformers_internals as internals
 from prefixkit.errors import AttachmentError, ConfigError
 from prefixkit.mixture import Rows, check_mixable
 from prefixkit.own_generate import OwnGenerate
-from prefixkit.prefixes import require
+from prefixkit.prefixes import check_head, require
 from prefixkit.row_heads import heads_of_rows
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ def rows(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
         EngineError: In a call that has other rows than were named.
     """
     prefixes = require(model)
-    chosen = _checked(prefixes, names)
+    if isinstance(names, str):
+        raise ConfigError(f"names is {names!r}; pass a list with a name, or None, for each row")
+    chosen = _checked(model, prefixes, tuple(names))
     prefixes.rows = Rows(chosen)
     own = model.__dict__.get("generate")
     if model.can_generate():
@@ -60,14 +62,14 @@ def rows(model: Model, names: Sequence[str | None]) -> Iterator[Model]:
             model.__dict__["generate"] = own
 
 
-def _checked(prefixes: Prefixes, names: Sequence[str | None]) -> tuple[str | None, ...]:
-    if isinstance(names, str):
-        raise ConfigError(f"names is {names!r}; pass a list with a name, or None, for each row")
+def _checked(model: PreTrainedModel, prefixes: Prefixes, names: tuple[str | None, ...]) -> tuple[str | None, ...]:
     if prefixes.rows is not None or not prefixes.enabled:
         raise AttachmentError("prefixkit.rows does not go inside prefixkit.disabled or another prefixkit.rows")
     used = {name: prefixes.named(name) for name in names if name is not None}
     check_mixable(used)
-    return tuple(names)
+    for one in (prefixes.attachment, *used.values()):
+        check_head(model, prefixes, one)
+    return names
 
 
 class GenerateRows(OwnGenerate):

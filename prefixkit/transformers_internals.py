@@ -388,9 +388,12 @@ def rows_for_each(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
     """How many rows ``generate``, called so, makes of each that it is given: beams, or sequences to return."""
     names = tuple(signature(type(model).generate).parameters)[1:]  # type: ignore[attr-defined]
     named = {**dict(zip(names, args, strict=False)), **kwargs}
-    given = named.get("generation_config") or getattr(model, "generation_config", None)
-    counts = (named.get(name) or getattr(given, name, None) or 1 for name in ("num_beams", "num_return_sequences"))
-    return max(counts)
+    settings = [named.get("generation_config"), getattr(model, "generation_config", None)]
+
+    def value(name: str) -> int:
+        return next(filter(None, [named.get(name), *(getattr(given, name, None) for given in settings)]), 1)
+
+    return max(value("num_beams"), value("num_return_sequences"))
 
 
 def cache_in(output: Any) -> Cache | None:

@@ -157,7 +157,11 @@ def with_more(model):
         (lambda m: prefixkit.compose(m, ["first", "unmoved"]), "ConfigError", "positions of prefix 'unmoved'"),
         (lambda m: prefixkit.compose(m, ["first", "shallow"]), "ConfigError", "sites of prefix 'shallow'"),
         (lambda m: prefixkit.compose(m, ["first", "uneven"], places="kept"), "ConfigError", "layers of other lengths"),
-        (lambda m: prefixkit.average(m, {"first": 1, "second": 1}), "ConfigError", "length of prefix 'second'"),
+        (
+            lambda m: prefixkit.average(m, {"first": 1, "second": 1}),
+            "ConfigError",
+            "is not that of 'first': 2, and 4",
+        ),
         (lambda m: prefixkit.average(m, {"first": 1}), "ConfigError", "not two prefixes or more"),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from hypothesis import given, strategies as st
+from peft import LoraConfig
 from torch.utils.data import Dataset
 from transformers import (
     BertConfig,
@@ -15,10 +16,16 @@ from transformers import (
     BertForSequenceClassification,
     BloomConfig,
     BloomForCausalLM,
+    DynamicCache,
+    GenerationConfig,
     GPTJConfig,
     GPTJForCausalLM,
     Trainer,
     TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    WhisperConfig,
+    WhisperForAudioClassification,
 )
 from versions import since
 
@@ -555,3 +562,211 @@ def test_a_cache_of_other_rows_is_refused():
         pytest.raises(prefixkit.EngineError, match="holds another prefix"),
     ):
         model(input_ids=ids[:, :1], past_key_values=cache)
+
+
+# Found by attack
+
+
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+def test_rows_whose_prefixes_have_other_lengths_in_each_layer(attention):
+    """Flex attention's wider mask is kept for layers that are alike, which these are not."""
+    model = tiny.make("llama", attention=attention)
+    for name, tokens, own in (("first", 4, {}), ("second", 3, {"layer_tokens": {0: 1}})):
+        strong(prefixkit.apply(model, num_virtual_tokens=tokens, name=name, init="random", **own), name)
+    ids = tiny.tokens(3, 5)
+    with uncompiled():
+        with prefixkit.rows(model, ["first", "second", None]):
+            found = tiny.logits(model, input_ids=ids)
+        for row, name in enumerate(["first", "second", None]):
+            expected = alone(model, name, input_ids=ids[row : row + 1])[0]
+            torch.testing.assert_close(found[row], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "head", "message"),
+    [
+        (lambda: tiny.make("gpt2"), ["lm_head"], "tied with 'transformer.wte.weight'"),
+        (lambda: tiny.make("gpt2"), ["transformer.wte"], "tied with 'lm_head.weight'"),
+        (lambda: tiny.make("gpt2"), ["lm_head", "transformer.wte"], "tied with one another"),
+        (lambda: tiny.make("gpt2"), ["transformer.h"], "a list of modules"),
+        (lambda: tiny.make("gpt2"), ["transformer.h.1"], "contains attention"),
+        (lambda: tiny.make("bert"), ["cls"], "tied with"),
+    ],
+)
+def test_heads_that_cannot_be_another_for_each_row(make, head, message):
+    model = two(make(), head=head)
+    with pytest.raises(prefixkit.ConfigError, match=message), prefixkit.rows(model, ["first", None]):
+        pass
+    assert prefixkit.names(prefixkit.activate(model, "first")) == ["first", "second"]
+
+
+def test_autocast_forgets_the_head_that_was():
+    model = two(classifier())
+    for name, value in (("first", 1.0), ("second", -2.0)):
+        head_of_its_own(model, name, value)
+    ids = tiny.tokens(2, 5)
+    expected = {name: alone(model, name, input_ids=ids) for name in ("first", "second", None)}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for name in ("first", "second", None):
+            torch.testing.assert_close(alone(model, name, input_ids=ids).float(), expected[name], atol=0.1, rtol=0.05)
+
+
+def with_a_wrapped_head():
+    model = two(classifier())
+    for name, value in (("first", 1.0), ("second", 2.0)):
+        head_of_its_own(model, name, value)
+    model.add_adapter(LoraConfig(target_modules=["query", "classifier"], r=2))
+    return model
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        lambda model: prefixkit.activate(model, "first"),
+        lambda model: prefixkit.apply(model, num_virtual_tokens=2, name="third"),
+        lambda model: prefixkit.remove(model, "first"),
+        lambda model: prefixkit.rows(model, ["first", "second"]).__enter__(),
+    ],
+)
+def test_a_head_that_was_wrapped_is_seen_before_anything_changes(action):
+    model = with_a_wrapped_head()
+    inputs = {"input_ids": tiny.tokens(2, 4)}
+    before, numbers = everything(model), tiny.logits(model, **inputs)
+    with pytest.raises(prefixkit.AttachmentError, match="the head is not what it was"):
+        action(model)
+    assert_same(before, everything(model))
+    assert prefixkit.config(model).name == "second"
+    assert torch.equal(tiny.logits(model, **inputs), numbers)
+
+
+def test_a_head_that_was_resized_is_seen():
+    model = two(tiny.make("gpt2"), head=["lm_head"])
+    model.resize_token_embeddings(70)
+    with pytest.raises(prefixkit.AttachmentError, match=r"is \(70, 32\) now, and was \(62, 32\)"):
+        prefixkit.activate(model, "first")
+    assert prefixkit.config(model).name == "second"
+
+
+def test_a_gradient_of_one_head_is_not_the_next_ones():
+    model = two(classifier())
+    ids, labels = tiny.tokens(2, 4), torch.tensor([0, 1])
+    gradients = []
+    for names in (("first", "second"), ("second",)):
+        model.zero_grad()
+        for name in names:
+            prefixkit.activate(model, name)(input_ids=ids, labels=labels).loss.backward()
+        gradients.append(model.classifier.weight.grad.clone())
+    assert torch.equal(*gradients)
+
+
+def test_numbers_of_another_prefix_are_not_taken_for_the_active_ones(tmp_path):
+    model = two(tiny.make("gpt2"))
+    numbers = {name: value for name, value in model.state_dict().items() if name.startswith("prefixkit.second")}
+    prefixkit.activate(model, "first")
+    with pytest.raises(prefixkit.CheckpointError, match="numbers of prefix 'second', and 'first' is active"):
+        model.load_state_dict(numbers, strict=False)
+
+
+def test_rows_in_a_compiled_model():
+    model = two(tiny.make("gpt2"))
+    ids = tiny.tokens(3, 5)
+    compiled = torch.compile(model, backend="eager")
+    for names in (["first", None, "second"], ["second", "second", None]):
+        with torch.no_grad(), prefixkit.rows(model, names):
+            expected = model(input_ids=ids).logits
+            torch.testing.assert_close(compiled(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def vit():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return (
+        ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8)).eval(),
+        "pixel_values",
+        (3, 16, 16),
+    )
+
+
+def whisper():
+    sizes = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2}
+    more = {"decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_source_positions": 8}
+    config = WhisperConfig(**sizes, **more, num_mel_bins=8, vocab_size=tiny.VOCAB, **tiny.SPECIAL)
+    return WhisperForAudioClassification(config).eval(), "input_features", (8, 16)
+
+
+@pytest.mark.parametrize("make", [vit, whisper])
+def test_rows_of_pictures_and_of_sound(make):
+    torch.manual_seed(0)
+    model, name, shape = make()
+    two(model)
+    values = torch.randn(3, *shape)
+    names = ["first", None, "second"]
+    with prefixkit.rows(model, names):
+        found = tiny.logits(model, **{name: values})
+    for row, prefix in enumerate(names):
+        expected = alone(model, prefix, **{name: values[row : row + 1]})[0]
+        torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_heads_follow_the_models_dtype():
+    model = two(classifier()).to(torch.bfloat16)
+    ids = tiny.tokens(3, 4)
+    names = ["first", None, "second"]
+    with prefixkit.rows(model, names):
+        found = tiny.logits(model, input_ids=ids)
+    for row, name in enumerate(names):
+        expected = alone(model, name, input_ids=ids[row : row + 1])[0]
+        torch.testing.assert_close(found[row], expected, atol=0.05, rtol=0.05)
+
+
+def test_beams_of_the_models_own_settings():
+    model = two(tiny.make("gpt2"))
+    model.generation_config.num_beams = 3
+    settings = GenerationConfig(max_new_tokens=3, pad_token_id=tiny.PAD)
+    ids = tiny.tokens(2, 4)
+    with prefixkit.rows(model, ["first", "second"]):
+        found = model.generate(ids, generation_config=settings, attention_mask=torch.ones_like(ids))
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("name", ["keys", "pop", "training", "forward", "float"])
+def test_names_that_torch_has_for_itself(name):
+    model = tiny.make("gpt2")
+    with pytest.raises(prefixkit.ConfigError, match=f"name is '{name}', which torch's modules have"):
+        prefixkit.apply(model, num_virtual_tokens=2, name=name)
+    assert prefixkit.names(model) == []
+
+
+def test_each_row_has_its_own_limit_of_positions():
+    model = tiny.make("gpt2")
+    prefixkit.apply(model, num_virtual_tokens=80, name="first")
+    prefixkit.apply(model, num_virtual_tokens=2, name="second")
+    ids = tiny.tokens(2, 30)
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    with prefixkit.rows(model, ["first", "second"]):
+        model(input_ids=ids, attention_mask=mask)
+        with pytest.raises(prefixkit.EngineError, match="position 109 is past"):
+            model(input_ids=ids)
+
+
+def test_rows_while_an_infix_is_active():
+    model = two(tiny.make("llama"))
+    ids = tiny.tokens(2, 4)
+    with prefixkit.rows(model, ["first", "second"]):
+        expected = tiny.logits(model, input_ids=ids)
+    prefixkit.apply(model, num_virtual_tokens=2, name="behind", infix=True)
+    with prefixkit.rows(model, iter(["first", "second"])):
+        assert torch.equal(tiny.logits(model, input_ids=ids), expected)
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, past_key_values=DynamicCache())
+
+
+def test_unfreezing_one_that_is_not_active_lasts():
+    model = two(tiny.make("gpt2"))
+    for value in model.prefixkit.parameters():
+        value.requires_grad_(False)
+    prefixkit.activate(model, "first")
+    prefixkit.unfreeze(model, "second")
+    prefixkit.apply(model, num_virtual_tokens=2, name="third")
+    assert "prefixkit.second.embedding.weight" in trained(model)
+    prefixkit.activate(model, "second")
+    assert trained(model) == {"prefixkit.second.embedding.weight"}
