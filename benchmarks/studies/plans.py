@@ -129,6 +129,13 @@ def arms_intents(seeds: Sequence[int]) -> Planned:
     return sweep("arms-intents", "snips-intents", named, rates, seeds, rows=13084, steps=400)
 
 
+def arms_intents_long(seeds: Sequence[int]) -> Planned:
+    """A prefix against full fine-tuning in three passes over SNIPS intents."""
+    named = {"p-tuning-v2": arms.prefix(), "full fine-tuning": arms.full}
+    rates = {"p-tuning-v2": (0.03, 0.1), "full fine-tuning": (0.0001, 0.0003)}
+    return sweep("arms-intents-long", "snips-intents", named, rates, seeds, rows=13084, steps=1200)
+
+
 ENCODER_TASKS = {"snips-intents": 13084, "snips-slots": 13084, "wnut17": 3394}
 """Tasks of the small BERT, and how many rows they train on."""
 
@@ -161,6 +168,7 @@ STUDIES = {
     "init-few": Study(init_few, "rows", "training rows"),
     "arms-e2e": Study(arms_e2e),
     "arms-intents": Study(arms_intents),
+    "arms-intents-long": Study(arms_intents_long),
     "mlp-encoder": Study(mlp_encoder),
     "length-e2e": Study(length_e2e, "arm", "virtual tokens"),
     "length-encoder": Study(length_encoder, "arm", "virtual tokens"),
