@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         AttachmentError as AttachmentError,
         CheckpointError as CheckpointError,
         ConfigError as ConfigError,
+        DataError as DataError,
         EngineError as EngineError,
         MethodError as MethodError,
         PluginError as PluginError,
@@ -137,6 +138,7 @@ _HOME = {
     "AttachmentError": "errors",
     "EngineError": "errors",
     "CheckpointError": "errors",
+    "DataError": "errors",
 }
 
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604 - the names are strings
