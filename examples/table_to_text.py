@@ -22,7 +22,6 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 import prefixkit
-
 from prefixkit.text_to_text import (
     Example,
     TrainSettings,
