@@ -27,6 +27,6 @@ nitpick_ignore_regex = [
     # The same, spelt as in annotations that are not evaluated (imports under TYPE_CHECKING).
     (r"py:class", r"PreTrainedModel|Cache|nn\.Module"),
     # Type variables: "the class of the model you passed in", "the test you passed in". They are no documented objects.
-    (r"py:class", r"prefixkit\.(lifecycle|checkpoint)\.Model"),
+    (r"py:class", r"prefixkit\.\w+\.Model"),
     (r"py:class", r"prefixkit\.testing\.traits\.Test"),
 ]

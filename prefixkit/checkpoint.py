@@ -15,17 +15,26 @@ from prefixkit import checkpoint_files, hub
 from prefixkit.adapter import Adapter, Site
 from prefixkit.assembly import build, check_model
 from prefixkit.attachment import Attachment
-from prefixkit.errors import CheckpointError, ConfigError, MethodError
+from prefixkit.errors import CheckpointError, ConfigError, MethodError, closest
+from prefixkit.formats import detection, peft_export
 from prefixkit.head import choose_head
-from prefixkit.lifecycle import changing, check_free
+from prefixkit.lifecycle import changing
 from prefixkit.method import Method
 from prefixkit.prefix_config import PrefixConfig
 from prefixkit.prefixes import require
 
 Model = TypeVar("Model", bound=PreTrainedModel)
+OWN, PEFT = FORMATS = ("prefixkit", "peft")
+"""What :func:`save` can write."""
 
 
-def save(model: PreTrainedModel, directory: str | os.PathLike[str], *, name: str | None = None) -> None:
+def save(
+    model: PreTrainedModel,
+    directory: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    format: str = OWN,  # noqa: A002 - the field's own word
+) -> None:
     """Write the model's prefix, and its head if that trained, to ``directory``.
 
     Example::
@@ -38,14 +47,24 @@ def save(model: PreTrainedModel, directory: str | os.PathLike[str], *, name: str
 
     Args:
         model: A model with a prefix.
-        directory: Where; a folder is made.
+        directory: The folder; it is made if need be.
         name: Of several prefixes, which; the active one by default.
+        format: ``"prefixkit"``, or ``"peft"``: what ``PeftModel.from_pretrained`` loads, with equal logits. PEFT
+            has no MLP in its files, so the prefix is folded there; the model keeps its own.
 
     Raises:
         AttachmentError: If the model has no prefix, or none of that name.
-        CheckpointError: If ``directory`` is a file, or the prefix is offloaded.
+        CheckpointError: If ``directory`` is a file, the prefix is offloaded, or PEFT cannot express it.
+        ConfigError: For another format.
     """
     attachment = require(model).named(name)
+    if format not in FORMATS:
+        raise ConfigError(f"format is {format!r}{closest(format, FORMATS)}; possible: {', '.join(FORMATS)}")
+    if format == PEFT:
+        # Refuses what is offloaded or in pieces, as for our own.
+        attachment.whole_tensors(model)
+        peft_export.write(model, attachment, Path(directory))
+        return
     tensors = attachment.whole_tensors(model)
     if attachment.writes():
         checkpoint_files.write(Path(directory), attachment.config, tensors)
@@ -64,6 +83,8 @@ def load(
 ) -> Model:
     """Put a saved prefix on ``model``, in place, and freeze everything else.
 
+    Prefixes of PEFT, AdapterHub, the 2021 code of prefix tuning, P-tuning v2 and Cartridges are loaded too.
+
     Example::
 
         model = AutoModelForCausalLM.from_pretrained("path/or/name")
@@ -73,8 +94,9 @@ def load(
     Args:
         model: A model of the architecture that the prefix was trained for. Prefixes that it has already stay; the
             one that is loaded becomes the active one.
-        directory: Where :func:`prefixkit.save`, or a ``Trainer``, wrote it; or a repository of the Hugging Face Hub
-            with its owner, of which the few files of a prefix are downloaded. A folder that is there wins.
+        directory: Where :func:`prefixkit.save`, a ``Trainer`` or another library wrote it; of other libraries'
+            files of tensors, also the path of the file. Or a repository of the Hugging Face Hub with its owner, of
+            which the few files of a prefix are downloaded; what is there by that name wins.
         trainable: Whether prefix (with its MLP) and head train on; else all is frozen.
         name: What to call it here, if not as it was called when it was saved.
         adapter: Overrules the installed plugins.
@@ -92,11 +114,27 @@ def load(
         UnknownAdapterError: If the plugin for the model's type failed to load.
         EngineError: If the stored policies cannot be honoured here.
 
-    On any error the model is as it was. Nothing is ever unpickled.
+    On any error the model is as it was. Pickles of other libraries are read for their tensors alone, and none of
+    their code is ever run.
     """
-    model_type = check_model(model)
+    check_model(model)
     folder = hub.local_copy(directory, revision=revision, token=token)
-    config = checkpoint_files.read_config(folder)
+    with changing(model) as prefixes:
+        stored = detection.find(folder, model, adapter) or checkpoint_files.OwnCheckpoint(folder)
+        config = stored.config if name is None else replace(stored.config, name=name)
+        _check_kind(config, model, method, folder)
+        attachment = _build(model, config, adapter, method, folder)
+        _check_sites(config.sites, attachment.layout.sites, folder)
+        _check_shapes(stored.shapes(), attachment, model, folder)
+        _fill(attachment, stored.tensors())
+        prefixes.add(attachment)
+    if not trainable:
+        model.requires_grad_(False)
+    return model
+
+
+def _check_kind(config: PrefixConfig, model: PreTrainedModel, method: Method | None, folder: Path) -> None:
+    model_type = str(model.config.model_type)
     if config.model_type != model_type:
         raise CheckpointError(
             f"the prefix in {str(folder)!r} is for model type {config.model_type!r}; "
@@ -104,19 +142,6 @@ def load(
         )
     if method is not None and method.name != config.method:
         raise CheckpointError(f"the prefix in {str(folder)!r} is of method {config.method!r}, not of {method.name!r}")
-    if name is not None:
-        config = replace(config, name=name)
-    check_free(model, config.name)
-    with changing(model) as prefixes:
-        attachment = _build(model, config, adapter, method, folder)
-        _check_sites(config.sites, attachment.layout.sites, folder)
-        _check_shapes(checkpoint_files.read_shapes(folder), attachment, model, folder)
-        tensors = checkpoint_files.read_tensors(folder)
-        prefixes.add(attachment)
-    _copy(tensors, attachment, model)
-    if not trainable:
-        model.requires_grad_(False)
-    return model
 
 
 def _build(
@@ -153,8 +178,12 @@ def _check_shapes(
             )
 
 
-def _copy(tensors: Mapping[str, torch.Tensor], attachment: Attachment, model: PreTrainedModel) -> None:
-    own = {**attachment.parameters(model), **dict(attachment.encoder.named_buffers())}
+def _fill(attachment: Attachment, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give an attachment, not yet on a model, the numbers of a checkpoint."""
+    own = {**dict(attachment.encoder.named_parameters()), **dict(attachment.encoder.named_buffers())}
     with torch.no_grad():
         for name, value in tensors.items():
-            own[name].copy_(value)
+            if name in own:
+                own[name].copy_(value)
+            else:
+                attachment.kept_head[name.removeprefix("head.")] = value

@@ -35,18 +35,60 @@ def write(directory: Path, config: PrefixConfig, tensors: Mapping[str, torch.Ten
     Raises:
         CheckpointError: If ``directory`` is a file.
     """
+    document = {"format": FORMAT, "save_id": uuid.uuid4().hex, **config.to_dict()}
+    write_files(
+        directory, TENSOR_FILE, tensors, CONFIG_FILE, document, metadata={HEADER: json.dumps(document, indent=2)}
+    )
+
+
+def write_files(
+    directory: Path,
+    tensor_file: str,
+    tensors: Mapping[str, torch.Tensor],
+    config_file: str,
+    document: Mapping[str, Any],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors and a JSON file into a folder, each in one step.
+
+    Raises:
+        CheckpointError: If ``directory`` is a file.
+    """
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"cannot save to {str(directory)!r}: it is a file; name a folder")
     directory.mkdir(parents=True, exist_ok=True)
-    document = json.dumps({"format": FORMAT, "save_id": uuid.uuid4().hex, **config.to_dict()}, indent=2)
-    write_tensors(directory / TENSOR_FILE, tensors, {HEADER: document})
-    _replace(directory / CONFIG_FILE, (document + "\n").encode())
+    write_tensors(directory / tensor_file, tensors, metadata or {})
+    _replace(directory / config_file, (json.dumps(document, indent=2) + "\n").encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write one safetensors file in one step."""
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     _replace(path, safetensors.torch.save(plain, metadata={"format": "pt", **metadata}))
+
+
+class OwnCheckpoint:
+    """A checkpoint of prefixkit.
+
+    Args:
+        directory: Its folder.
+
+    Raises:
+        CheckpointError: If there is none, it is damaged, or another format.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config = read_config(directory)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors by name, without reading their numbers."""
+        return read_shapes(self.directory)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors by name, on the CPU."""
+        return read_tensors(self.directory)
 
 
 def read_config(directory: Path) -> PrefixConfig:
@@ -61,7 +103,7 @@ def read_config(directory: Path) -> PrefixConfig:
     header = _parse(_header(path), f"the header of {path}")
     beside = directory / CONFIG_FILE
     if beside.is_file():
-        document = _parse(beside.read_text(encoding="utf-8", errors="replace"), str(beside))
+        document = read_json(beside)
         if document.get("save_id") == header.get("save_id"):
             header = document
     version = header.pop("format", None)
@@ -74,6 +116,15 @@ def read_config(directory: Path) -> PrefixConfig:
         return PrefixConfig.from_dict(header)
     except ConfigError as error:
         raise CheckpointError(f"the configuration of {str(directory)!r} cannot be used: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: If it holds something else.
+    """
+    return _parse(path.read_text(encoding="utf-8", errors="replace"), str(path))
 
 
 def read_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
@@ -114,7 +165,8 @@ def _open(path: Path) -> Any:
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         document = json.loads(text)
-    except json.JSONDecodeError as error:
+    # Of numbers too long and lists too deep Python says so in other ways.
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{where} is not a JSON object")
@@ -122,14 +174,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 
 def _what_else(directory: Path) -> str:
-    """A hint when the folder holds somebody else's checkpoint, or none at all."""
-    if not directory.is_dir():
-        return ": it is no folder"
-    if (directory / "adapter_config.json").is_file():
-        return ": it holds a checkpoint of PEFT or AdapterHub, which prefixkit does not read"
-    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
-        return ": it holds pickled weights, which prefixkit never loads"
-    return "; it was not written by prefixkit.save"
+    return "; nor anything of another library that prefixkit reads" if directory.is_dir() else ": it is no folder"
 
 
 def _replace(path: Path, content: bytes) -> None:

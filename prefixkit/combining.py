@@ -13,7 +13,7 @@ from prefixkit.adapter import RelativeBias
 from prefixkit.attachment import Attachment
 from prefixkit.discovery import installed
 from prefixkit.errors import ConfigError
-from prefixkit.lifecycle import changing, check_free
+from prefixkit.lifecycle import changing
 from prefixkit.prefix_encoder import flat_encoder
 from prefixkit.prefixes import require
 from prefixkit.turning import rotations, turn
@@ -44,7 +44,7 @@ def average(model: Model, weights: Mapping[str, float], name: str = "average") -
         AttachmentError: If the model has none of such a name, or one that is called ``name``.
         ConfigError: If they differ in length, sites, policies or head, or are no plain keys and values.
     """
-    parts = _parts(model, list(weights), name)
+    parts = _parts(model, list(weights))
     first = parts[0]
     _check_alike(parts, {"length": lambda one: one.tokens_by_place(), "head": lambda one: one.config.head})
     with torch.no_grad():
@@ -84,7 +84,7 @@ def compose(model: Model, names: Sequence[str], name: str = "composed", *, place
             layers of other lengths, or more than one head.
         EngineError: If the model's keys cannot be turned.
     """
-    parts = _parts(model, list(names), name)
+    parts = _parts(model, list(names))
     _check_places(parts, places)
     for one in parts:
         if one.config.layer_tokens:
@@ -101,10 +101,9 @@ def compose(model: Model, names: Sequence[str], name: str = "composed", *, place
         return _add(model, owner, name, torch.cat(flats), owner.head_values(model))
 
 
-def _parts(model: PreTrainedModel, names: list[str], name: str) -> list[Attachment]:
+def _parts(model: PreTrainedModel, names: list[str]) -> list[Attachment]:
     prefixes = require(model)
     parts = [prefixes.named(one) for one in names]
-    check_free(model, name)
     if len(set(names)) < max(2, len(names)):
         raise ConfigError(f"{names} are not two prefixes or more, each once")
     for one in parts:

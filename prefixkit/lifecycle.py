@@ -127,7 +127,6 @@ def apply(
         model_type=model_type,
         base_model_name_or_path=getattr(model.config, "_name_or_path", "") or "",
     )
-    check_free(model, name)
     with changing(model) as prefixes:
         attachment = build(model, config, adapter, chosen)
         attachment.config = replace(attachment.config, head=choose_head(model, head, attachment.stacks))
@@ -167,20 +166,6 @@ def changing(model: PreTrainedModel) -> Iterator[Prefixes]:
         for name, value in model.named_parameters():
             if name in trained and name not in own and not name.startswith(f"{MODULE}."):
                 value.requires_grad_(trained[name])
-
-
-def check_free(model: PreTrainedModel, name: str) -> None:
-    """Raise if the model has a prefix of that name.
-
-    Raises:
-        AttachmentError: If it has.
-    """
-    prefixes = find(model)
-    if prefixes is not None and name in prefixes.attachments:
-        raise AttachmentError(
-            f"this {type(model).__name__} already has a prefix {name!r}; pass another name=, or take that one off "
-            f"first, with prefixkit.remove(model, name={name!r})"
-        )
 
 
 def put_on(model: PreTrainedModel, prefixes: Prefixes) -> None:

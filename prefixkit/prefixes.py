@@ -86,12 +86,19 @@ class Prefixes:
         """One more prefix, which becomes the active one.
 
         Raises:
+            AttachmentError: If there is one of that name.
             ConfigError: If it cannot stand on one model with the others.
         """
+        name = new.config.name
+        if name in self.attachments:
+            raise AttachmentError(
+                f"this model already has a prefix {name!r}; pass another name=, or take that one off first, with "
+                f"prefixkit.remove(model, name={name!r})"
+            )
         if self.attachments:
             _check_joins(self.attachment, new)
-        self.active = new.config.name
-        self.attachments[self.active] = new
+        self.active = name
+        self.attachments[name] = new
 
     def named(self, name: str | None) -> Attachment:
         """The prefix called ``name``; ``None``: the active one.

@@ -133,7 +133,7 @@ def test_second_prefix():
     with pytest.raises(prefixkit.AttachmentError) as caught:
         prefixkit.apply(model, num_virtual_tokens=4)
     assert str(caught.value) == (
-        "this GPT2LMHeadModel already has a prefix 'default'; pass another name=, or take that one off first, with "
+        "this model already has a prefix 'default'; pass another name=, or take that one off first, with "
         "prefixkit.remove(model, name='default')"
     )
     assert_same(before, state(model))

@@ -203,14 +203,10 @@ def refused(tmp_path, message, name="gpt2"):
 def test_missing_and_foreign_folders(tmp_path):
     where = re.escape(repr(str(tmp_path)))
     refused(tmp_path / "none", r"no prefix.safetensors in '.*none': it is no folder")
-    refused(tmp_path, f"no prefix.safetensors in {where}; it was not written by prefixkit.save")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    refused(tmp_path, f"no prefix.safetensors in {where}: it holds pickled weights, which prefixkit never loads")
-    (tmp_path / "adapter_config.json").write_text("{}")
-    refused(
-        tmp_path,
-        f"no prefix.safetensors in {where}: it holds a checkpoint of PEFT or AdapterHub, which prefixkit does not read",
-    )
+    nothing = f"no prefix.safetensors in {where}; nor anything of another library that prefixkit reads"
+    refused(tmp_path, nothing)
+    (tmp_path / "notes.txt").write_text("mine")
+    refused(tmp_path, nothing)
     safetensors.torch.save_file({"weight": torch.zeros(1)}, tmp_path / "prefix.safetensors")
     refused(tmp_path, r".*prefix.safetensors was not written by prefixkit: its header has no 'prefixkit' entry")
 

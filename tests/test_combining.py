@@ -148,7 +148,11 @@ def with_more(model):
         (lambda m: prefixkit.compose(m, ["first", "first"], places="kept"), "ConfigError", "not two prefixes or more"),
         (lambda m: prefixkit.compose(m, ["first"], places="kept"), "ConfigError", "not two prefixes or more"),
         (lambda m: prefixkit.compose(m, ["first", "thrid"]), "AttachmentError", "no prefix 'thrid'"),
-        (lambda m: prefixkit.compose(m, ["first", "second"], name="first"), "AttachmentError", "has a prefix 'first'"),
+        (
+            lambda m: prefixkit.compose(m, ["first", "second"], name="first", places="kept"),
+            "AttachmentError",
+            "has a prefix 'first'",
+        ),
         (lambda m: prefixkit.compose(m, ["first", "gated"]), "ConfigError", "'gated' has a gate"),
         (lambda m: prefixkit.compose(m, ["first", "unmoved"]), "ConfigError", "positions of prefix 'unmoved'"),
         (lambda m: prefixkit.compose(m, ["first", "shallow"]), "ConfigError", "sites of prefix 'shallow'"),

@@ -48,7 +48,22 @@ def test_every_public_name_and_hook_has_its_place():
 
 def test_every_error_is_documented_where_it_is_raised():
     """The docstrings of the public functions name the errors of this package that they raise."""
-    for name in ("apply", "save", "load", "disabled", "fold", "remove", "to_cache", "export", "sites", "config"):
+    for name in (
+        "apply",
+        "save",
+        "load",
+        "disabled",
+        "fold",
+        "remove",
+        "to_cache",
+        "export",
+        "sites",
+        "config",
+        "activate",
+        "rows",
+        "compose",
+        "average",
+    ):
         assert "Raises:" in getattr(prefixkit, name).__doc__, name
 
 
