@@ -195,24 +195,31 @@ def _written(
     return [text.split("\n")[0].strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
+def scorer() -> Any:
+    """The package that counts BLEU.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    try:
+        import sacrebleu
+    except ImportError as error:
+        raise ImportError("BLEU is counted by sacrebleu, which is missing: pip install 'prefixkit[text]'") from error
+    return sacrebleu
+
+
 def bleu(sentences: Sequence[str], examples: Sequence[Example]) -> float:
     """Corpus BLEU against all references of each example.
 
     Raises:
         ImportError: If sacrebleu is not installed.
     """
-    try:
-        import sacrebleu
-    except ImportError as error:
-        raise ImportError(
-            "BLEU is counted by sacrebleu, which is not installed: pip install 'prefixkit[text]'"
-        ) from error
     most = max(len(example.references) for example in examples)
-    columns: Any = [
+    columns = [
         [example.references[index] if index < len(example.references) else None for example in examples]
         for index in range(most)
     ]
-    return float(sacrebleu.corpus_bleu(sentences, columns, tokenize="none", force=True).score)
+    return float(scorer().corpus_bleu(sentences, columns, tokenize="none", force=True).score)
 
 
 def peak_rate(model: PreTrainedModel, learning_rate: float | None) -> float:

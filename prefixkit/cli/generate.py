@@ -11,7 +11,7 @@ from prefixkit.checkpoint import load
 from prefixkit.cli.bases import having
 from prefixkit.cli.saved import base_of
 from prefixkit.cli.wrong import CommandError
-from prefixkit.text_to_text import Example, bleu, generate, group, load_base, read, texts
+from prefixkit.text_to_text import Example, bleu, generate, group, load_base, read, scorer, texts
 
 
 def run(options: argparse.Namespace) -> None:
@@ -43,6 +43,7 @@ def _examples(options: argparse.Namespace) -> list[Example]:
     if options.score:
         if options.input is None:
             raise CommandError("--score needs --input, a file that has references")
+        scorer()  # before the work, not after it
         return group(read(options.input, options.source_field, options.target_field))
     sources = options.texts or texts(options.input, options.source_field)
     return [Example(source, ()) for source in sources]

@@ -168,13 +168,14 @@ def _of_prefix(
     trains = sum(value.numel() for value in attachment.encoder.parameters())
     asked = "" if config.positions == options.positions else f" (not {options.positions}: they cannot be moved)"
     folded = f"; folded {flat:,}" if flat != trains else ""
+    share = 100 * trains / (model.num_parameters() + trains)
     return {
         "method": config.method,
         "virtual tokens": config.num_virtual_tokens,
         "positions": config.positions + asked,
         "window": config.window,
         "engine": "attention" if isinstance(attachment.engine, AttentionEngine) else "cache",
-        "prefix": f"{trains:,} parameters, {100 * trains / model.num_parameters():.2f} % of the model{folded}",
+        "prefix": f"{trains:,} parameters, {share:.2f} % of the model{folded}",
         "file": f"about {BYTES * trains / 1000:,.0f} kB",
         "head that trains": f"{head:,} parameters" if head else "none",
     }

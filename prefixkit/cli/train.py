@@ -13,7 +13,18 @@ from prefixkit.checkpoint import save
 from prefixkit.cli.bases import having
 from prefixkit.cli.wrong import CommandError
 from prefixkit.lifecycle import apply
-from prefixkit.text_to_text import Example, TrainSettings, bleu, generate, group, load_base, read, train, trainable
+from prefixkit.text_to_text import (
+    Example,
+    TrainSettings,
+    bleu,
+    generate,
+    group,
+    load_base,
+    read,
+    scorer,
+    train,
+    trainable,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +39,8 @@ def run(options: argparse.Namespace) -> None:
     fields = options.source_field, options.target_field
     pairs = read(options.train, *fields)[: options.max_train]
     tests = group(read(options.test, *fields))[: options.max_test] if options.test else []
+    if tests:
+        scorer()  # before the work, not after it
     set_seed(options.seed)
     model, tokenizer = having(options.model, lambda: load_base(options.model))
     before = _score(model, tokenizer, tests, "base")
