@@ -311,6 +311,7 @@ def test_train_and_generate(name, text, tmp_path, run):
         "generate", tmp_path / "prefix", "--input", pairs, "--score", "--output", tmp_path / "out/answers.jsonl"
     )
     assert re.search(r"^BLEU on 8 inputs: \d+\.\d$", scored, re.MULTILINE)
+    answers = tmp_path / "out/answers.jsonl"
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [row["source"] for row in rows] == [f"what is {n}" for n in range(8)]
     assert [row["target"] for row in rows[:3]] == sentences
