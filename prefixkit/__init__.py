@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         AttachmentError as AttachmentError,
         CheckpointError as CheckpointError,
         ConfigError as ConfigError,
+        DataError as DataError,
         EngineError as EngineError,
         MethodError as MethodError,
         PluginError as PluginError,
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from prefixkit.native_cache import to_cache as to_cache
     from prefixkit.prefix_config import PrefixConfig as PrefixConfig
     from prefixkit.prefix_state import in_front as in_front
+    from prefixkit.publishing import push_to_hub as push_to_hub
     from prefixkit.several import (
         rows as rows,
     )
@@ -90,6 +92,7 @@ _HOME = {
     "apply": "lifecycle",
     "save": "checkpoint",
     "load": "checkpoint",
+    "push_to_hub": "publishing",
     "disabled": "lifecycle",
     "fold": "lifecycle",
     "remove": "lifecycle",
@@ -137,6 +140,7 @@ _HOME = {
     "AttachmentError": "errors",
     "EngineError": "errors",
     "CheckpointError": "errors",
+    "DataError": "errors",
 }
 
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604 - the names are strings

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from prefixkit import checkpoint_files
+from prefixkit import checkpoint_files, hub
 from prefixkit.adapter import Adapter, Site
 from prefixkit.assembly import build, check_model
 from prefixkit.attachment import Attachment
@@ -78,6 +78,8 @@ def load(
     name: str | None = None,
     adapter: Adapter | None = None,
     method: Method | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> Model:
     """Put a saved prefix on ``model``, in place, and freeze everything else.
 
@@ -87,22 +89,27 @@ def load(
 
         model = AutoModelForCausalLM.from_pretrained("path/or/name")
         prefixkit.load(model, "my-prefix")  # or trainable=True, to train on
+        prefixkit.load(model, "user/my-prefix")  # from the Hugging Face Hub, if there is no such folder here
 
     Args:
         model: A model of the architecture that the prefix was trained for. Prefixes that it has already stay; the
             one that is loaded becomes the active one.
         directory: Where :func:`prefixkit.save`, a ``Trainer`` or another library wrote it; of other libraries'
-            files of tensors, also the path of the file.
+            files of tensors, also the path of the file. Or a repository of the Hugging Face Hub with its owner, of
+            which the few files of a prefix are downloaded; what is there by that name wins.
         trainable: Whether prefix (with its MLP) and head train on; else all is frozen.
         name: What to call it here, if not as it was called when it was saved.
         adapter: Overrules the installed plugins.
         method: Overrules them too; it must have the name that is stored.
+        revision: Branch, tag or commit of the repository; the main branch by default.
+        token: For the hub; by default the one you have logged in with.
 
     Returns:
         The same object.
 
     Raises:
-        CheckpointError: If the checkpoint is missing, damaged, or for another architecture or shape.
+        CheckpointError: If the checkpoint is missing, damaged, or for another architecture or shape, or the hub
+            cannot be reached.
         AttachmentError: If the model already has a prefix of that name.
         UnknownAdapterError: If the plugin for the model's type failed to load.
         EngineError: If the stored policies cannot be honoured here.
@@ -111,7 +118,7 @@ def load(
     their code is ever run.
     """
     check_model(model)
-    folder = Path(directory)
+    folder = hub.local_copy(directory, revision=revision, token=token)
     with changing(model) as prefixes:
         stored = detection.find(folder, model, adapter) or checkpoint_files.OwnCheckpoint(folder)
         config = stored.config if name is None else replace(stored.config, name=name)

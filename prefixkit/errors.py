@@ -49,6 +49,10 @@ class CheckpointError(PrefixkitError):
     """A checkpoint is missing, damaged, or belongs to something else."""
 
 
+class DataError(PrefixkitError):
+    """A file of examples is missing or damaged, or lacks a field."""
+
+
 def closest(name: object, possible: Iterable[str]) -> str:
     """A hint for a message about a misspelt ``name``: `` (did you mean 'x'?)``, or nothing."""
     if not isinstance(name, str):

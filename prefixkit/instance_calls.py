@@ -43,11 +43,9 @@ class SavePretrained:
         is_main_process: bool = True,
         state_dict: Mapping[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
-        **_: Any,
+        **options: Any,
     ) -> None:
-        """Save prefix and head, with a copy under the name that ``Trainer`` resumes from."""
-        if push_to_hub:
-            raise CheckpointError("pushing a prefix to the hub is not supported; save it and upload the folder")
+        """Save prefix and head, with a copy under the name that ``Trainer`` resumes from; upload them if asked to."""
         attachment = require(self.model).attachment
         if state_dict is None:
             tensors = attachment.whole_tensors(self.model)
@@ -65,6 +63,11 @@ class SavePretrained:
         named = {attachment.state_name(name): value for name, value in tensors.items()}
         named |= {name: value.detach() for name, value in peft_parameters(self.model).items()}
         checkpoint_files.write_tensors(directory / RESUME_FILE, named, {checkpoint_files.HEADER: "a copy for Trainer"})
+        if push_to_hub:
+            from prefixkit.publishing import publish  # needs checkpoint, which needs this module
+
+            repo_id = options.pop("repo_id", None) or directory.resolve().name
+            publish(self.model, attachment, directory, repo_id, **_known(options))
 
     def _save_adapters(self, directory: Path) -> None:
         """Adapters of ``model.add_adapter``, in PEFT's own format and as transformers saves them."""
@@ -76,6 +79,27 @@ class SavePretrained:
                 "each apart: the prefix with prefixkit.save, the rest with the PeftModel's save_pretrained"
             )
         type(self.model).save_pretrained(self.model, directory)
+
+
+class PushToHub:
+    """Stands in for ``model.push_to_hub``, which would upload the copy for ``Trainer`` and a card that says nothing."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, repo_id: str, **options: Any) -> str:
+        """As :func:`prefixkit.push_to_hub`."""
+        from prefixkit.publishing import push_to_hub
+
+        return push_to_hub(self.model, repo_id, **_known(options))
+
+
+HUB_OPTIONS = ("commit_message", "private", "token", "revision", "create_pr")
+
+
+def _known(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the many options of these calls in transformers, those that mean something for a prefix."""
+    return {name: value for name, value in options.items() if name in HUB_OPTIONS}
 
 
 def _refuse_to_overwrite_a_model(directory: Path) -> None:
@@ -145,6 +169,7 @@ def start_answering(model: PreTrainedModel) -> None:
     attachments = prefixes.attachments.values()
     answers: dict[str, Any] = dict.fromkeys(CONTINUOUS_BATCHING, RefuseContinuousBatching())
     answers |= {"save_pretrained": SavePretrained(model), "load_state_dict": LoadStateDict(model)}
+    answers["push_to_hub"] = PushToHub(model)
     if isinstance(prefixes.attachment.engine, CacheEngine) and model.can_generate():
         answers["generate"] = Generate(model)
     if any(one.config.infix for one in attachments) and model.can_generate():
@@ -158,7 +183,7 @@ def start_answering(model: PreTrainedModel) -> None:
 
 def stop_answering(model: PreTrainedModel) -> None:
     """Give the calls back to the class, or to what the instance had of its own."""
-    answers = (SavePretrained, LoadStateDict, Generate, GenerateBehind, RefuseContinuousBatching)
+    answers = (SavePretrained, LoadStateDict, PushToHub, Generate, GenerateBehind, RefuseContinuousBatching)
     for name in [name for name, value in model.__dict__.items() if isinstance(value, answers)]:
         del model.__dict__[name]
     model.__dict__.update(require(model).displaced)

@@ -1,0 +1,165 @@
+"""The arguments of ``prefixkit``; nothing here imports torch, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn, TypeAlias
+
+from prefixkit import __version__
+from prefixkit.cli.wrong import CommandError
+
+TARGETS = ("prefixkit", "peft", "kv")
+MODEL = "folder of a model, or its name on the hub"
+TASKS = (
+    "class of the model: causal-lm, seq2seq-lm, masked-lm, sequence-classification, token-classification, "
+    "question-answering, multiple-choice, image-classification, audio-classification, body, or any class of "
+    "transformers; by default the one the model's config names"
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are the command's."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a :class:`CommandError`."""
+        raise CommandError(f"{message}; `{self.prog} --help` shows what is possible")
+
+
+def parser() -> Parser:
+    """The parser of the command with all its subcommands."""
+    top = Parser(prog="prefixkit", description="Prefix tuning and p-tuning v2 for transformers models.")
+    top.add_argument("--version", action="version", version=f"prefixkit {__version__}")
+    top.add_argument("--debug", action="store_true", help="show where an error comes from")
+    commands = top.add_subparsers(dest="command", required=True, metavar="command")
+    for add in (_plugins, _inspect, _train, _generate, _convert):
+        add(commands)
+    return top
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+def _command(commands: Commands, name: str, text: str, example: str) -> Parser:
+    made = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    # Suppressed, so that it does not undo one that stands in front of the subcommand.
+    made.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error comes from")
+    return made
+
+
+def _plugins(commands: Commands) -> None:
+    _command(
+        commands,
+        "plugins",
+        "list installed adapters and methods, and what is broken",
+        "  prefixkit plugins",
+    )
+
+
+def _inspect(commands: Commands) -> None:
+    made = _command(
+        commands,
+        "inspect",
+        "show where a prefix goes in a model, or what a saved prefix is; no weights are read",
+        "  prefixkit inspect path/or/name --num-virtual-tokens 20\n  prefixkit inspect runs/my-prefix",
+    )
+    made.add_argument("place", metavar="MODEL or PREFIX", help=f"{MODEL}; or a saved prefix, here or on the hub")
+    _add_task(made)
+    _add_prefix(made)
+    made.add_argument("--positions", default="shift", help="shift or none (shift)")
+    made.add_argument("--window", default="pinned", help="pinned or slide (pinned)")
+    made.add_argument("--engine", default="auto", help="auto, attention or cache (auto)")
+    made.add_argument("--stacks", nargs="+", metavar="STACK", help="encoder, decoder, cross (all there are)")
+    made.add_argument("--revision", help="branch, tag or commit on the hub")
+
+
+def _convert(commands: Commands) -> None:
+    made = _command(
+        commands,
+        "convert",
+        "write a prefix in another format",
+        "  prefixkit convert peft-folder my-prefix --to prefixkit\n"
+        "  prefixkit convert my-prefix peft-folder --to peft\n"
+        "  prefixkit convert user/my-prefix prefix.safetensors --to kv --base path/or/name",
+    )
+    made.add_argument("source", metavar="SRC", help="what prefixkit.load reads: a folder, a file, a name on the hub")
+    made.add_argument("target", metavar="DST", type=Path, help="folder to write; with --to kv, the file")
+    made.add_argument(
+        "--to",
+        choices=TARGETS,
+        required=True,
+        help="prefixkit: a checkpoint of prefixkit; peft: one of PEFT; kv: a plain file of keys and values",
+    )
+    _add_base(made)
+    _add_task(made)
+    made.add_argument("--positions", help="with --to kv: shift or none (the prefix's own)")
+    made.add_argument("--fold", action="store_true", help="with --to prefixkit: leave out an MLP, which only trains")
+    made.add_argument("--overwrite", action="store_true", help="replace what is there")
+    made.add_argument("--revision", help="branch, tag or commit of SRC on the hub")
+
+
+def _train(commands: Commands) -> None:
+    made = _command(
+        commands,
+        "train",
+        "train a prefix on pairs of texts; with test data, print BLEU before and after",
+        "  prefixkit train path/or/name --train pairs.jsonl --test test.jsonl \\\n"
+        "      --source-field question --target-field answer --output runs/my-prefix",
+    )
+    made.add_argument("model", metavar="MODEL", help=MODEL)
+    made.add_argument("--train", type=Path, required=True, metavar="FILE", help="JSON lines, plain or .gz")
+    made.add_argument("--test", type=Path, metavar="FILE", help="JSON lines to score before and after")
+    made.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to save the prefix to")
+    _add_fields(made)
+    _add_prefix(made)
+    made.add_argument("--epochs", type=float, default=2.0, help="(2)")
+    made.add_argument("--learning-rate", type=float, help="peak (what suits the method)")
+    made.add_argument("--max-train", type=int, metavar="N", help="use only so many pairs")
+    made.add_argument("--max-test", type=int, metavar="N", help="use only so many test inputs")
+    made.add_argument("--seed", type=int, default=0, help="(0)")
+    made.add_argument("--batch-size", type=int, default=32, help="(32)")
+
+
+def _generate(commands: Commands) -> None:
+    made = _command(
+        commands,
+        "generate",
+        "write a text for each source, with a trained prefix; with references, print BLEU",
+        "  prefixkit generate runs/my-prefix 'name : Zizzi | food : Chinese'\n"
+        "  prefixkit generate user/my-prefix --input test.jsonl --source-field question --output answers.jsonl",
+    )
+    made.add_argument("prefix", metavar="PREFIX", help="a saved prefix: a folder, or a name on the hub")
+    made.add_argument("texts", metavar="TEXT", nargs="*", help="sources")
+    _add_base(made)
+    made.add_argument("--input", type=Path, metavar="FILE", help="JSON lines with sources, plain or .gz")
+    made.add_argument("--score", action="store_true", help="BLEU against the target field of --input")
+    made.add_argument("--output", type=Path, metavar="FILE", help="write JSON lines there, not to the terminal")
+    _add_fields(made)
+    made.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(64)")
+    made.add_argument("--batch-size", type=int, default=64, help="(64)")
+    made.add_argument("--revision", help="branch, tag or commit of PREFIX on the hub")
+
+
+def _add_fields(made: Parser) -> None:
+    made.add_argument("--source-field", default="source", metavar="NAME", help="(source)")
+    made.add_argument("--target-field", default="target", metavar="NAME", help="(target)")
+
+
+def _add_prefix(made: Parser) -> None:
+    made.add_argument("--method", default="p-tuning-v2", help="an installed method (p-tuning-v2)")
+    made.add_argument("-P", "--num-virtual-tokens", type=int, default=20, metavar="P", help="length of the prefix (20)")
+
+
+def _add_base(made: Parser) -> None:
+    made.add_argument("--base", metavar="MODEL", help=f"{MODEL} (the one that the prefix names)")
+
+
+def _add_task(made: Parser) -> None:
+    made.add_argument("--task", help=TASKS)
+    made.add_argument("--num-labels", type=int, metavar="N", help="outputs of a classifier (what the config says)")

@@ -1,0 +1,64 @@
+"""``prefixkit convert``: from any format that ``load`` reads to one of those that can be written."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefixkit import hub
+from prefixkit.checkpoint import load, save
+from prefixkit.cli.bases import base_config, with_weights, without_weights
+from prefixkit.cli.saved import base_of, task_of
+from prefixkit.cli.wrong import CommandError
+from prefixkit.exporting import export
+from prefixkit.lifecycle import config, fold
+from prefixkit.method import EMBEDDINGS
+from prefixkit.prefixes import require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load, write, and say what came of it."""
+    _check_target(options)
+    source = hub.local_copy(options.source, revision=options.revision)
+    model = _with_prefix(source, options)
+    if options.fold:
+        fold(model)
+    if options.to == "kv":
+        export(model, options.target, positions=options.positions)
+    else:
+        save(model, options.target, format=options.to)
+    what = config(model)
+    print(f"{what.method}, {what.num_virtual_tokens} virtual tokens for {what.model_type}: {_written(options.target)}")
+
+
+def _written(target: Path) -> str:
+    files = [target] if target.is_file() else sorted(target.iterdir())
+    size = sum(file.stat().st_size for file in files)
+    return f"wrote {', '.join(map(str, files))} ({size / 1000:,.1f} kB)"
+
+
+def _check_target(options: argparse.Namespace) -> None:
+    target: Path = options.target
+    if options.positions is not None and options.to != "kv":
+        raise CommandError(f"--positions goes with --to kv; --to {options.to} keeps the policy of the prefix")
+    if options.fold and options.to != "prefixkit":
+        raise CommandError(f"--fold goes with --to prefixkit; --to {options.to} folds by itself")
+    taken = target.is_file() or (target.is_dir() and any(target.iterdir()))
+    if taken and not options.overwrite:
+        raise CommandError(f"{str(target)!r} is there already; name another place, or pass --overwrite")
+
+
+def _with_prefix(source: Path, options: argparse.Namespace) -> PreTrainedModel:
+    """A model with the prefix: without weights, but where the base has to read the prefix."""
+    if not source.exists():
+        raise CommandError(f"there is nothing at {options.source!r}, and that is no name on the hub (user/name)")
+    base, task = base_of(source, options.base), task_of(source, options.task)
+    settings = base_config(base, num_labels=options.num_labels)
+    model = load(without_weights(settings, task), source)
+    if require(model).attachment.gives == EMBEDDINGS and (options.to != "prefixkit" or options.fold):
+        return load(with_weights(base, settings, task), source)
+    return model

@@ -1,0 +1,61 @@
+"""``prefixkit generate``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from prefixkit import hub
+from prefixkit.checkpoint import load
+from prefixkit.cli.bases import having
+from prefixkit.cli.saved import base_of
+from prefixkit.cli.wrong import CommandError
+from prefixkit.text_to_text import Example, bleu, generate, group, load_base, read, scorer, texts
+
+
+def run(options: argparse.Namespace) -> None:
+    """Generate, and print or write it."""
+    examples = _examples(options)
+    prefix = hub.local_copy(options.prefix, revision=options.revision)
+    if not prefix.exists():
+        raise CommandError(f"there is nothing at {options.prefix!r}, and that is no name on the hub (user/name)")
+    base = base_of(prefix, options.base)
+    model, tokenizer = having(base, lambda: load_base(base))
+    load(model, prefix)
+    sources = [example.source for example in examples]
+    sentences = generate(
+        model,
+        tokenizer,
+        sources,
+        "generate",
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+    )
+    _write(sources, sentences, options)
+    if options.score:
+        print(f"BLEU on {len(examples)} inputs: {bleu(sentences, examples):.1f}")
+
+
+def _examples(options: argparse.Namespace) -> list[Example]:
+    if bool(options.texts) == (options.input is not None):
+        raise CommandError("pass either texts or --input with a file of JSON lines")
+    if options.score:
+        if options.input is None:
+            raise CommandError("--score needs --input, a file that has references")
+        scorer()  # before the work, not after it
+        return group(read(options.input, options.source_field, options.target_field))
+    sources = options.texts or texts(options.input, options.source_field)
+    return [Example(source, ()) for source in sources]
+
+
+def _write(sources: Sequence[str], sentences: Sequence[str], options: argparse.Namespace) -> None:
+    if options.output is None:
+        print("\n".join(sentences))
+        return
+    fields = options.source_field, options.target_field
+    rows = [dict(zip(fields, pair, strict=True)) for pair in zip(sources, sentences, strict=True)]
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    options.output.write_text(content, encoding="utf-8")
+    print(f"wrote {len(rows)} lines to {options.output}")

@@ -1,0 +1,391 @@
+"""The command line: in this process where possible, and as a process for what importing costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+import prefixkit
+from prefixkit import cli, discovery
+from prefixkit.assembly import stacks_of
+from prefixkit.cli import table
+from prefixkit.generic import stacks as generic
+from prefixkit.weightless import weightless
+
+ROOT = Path(__file__).parents[1]
+TOKENIZER = ROOT / "examples/gpt2-e2e-base"
+TOKENS = 4
+COMMANDS = ("plugins", "inspect", "train", "generate", "convert")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs a command that ends well, and gives what it prints."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call(*arguments):
+        code = cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert code == 0, captured.err
+        return captured.out
+
+    return call
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a command that ends with exit code 1, and gives its one message."""
+
+    def call(*arguments):
+        assert cli.main([str(argument) for argument in arguments]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        lines = captured.err.splitlines()
+        assert lines[-1].startswith("prefixkit: error: ")
+        assert "Traceback" not in captured.err
+        return lines[-1].removeprefix("prefixkit: error: ")
+
+    return call
+
+
+def facts(out):
+    """The facts at the top of what ``inspect`` prints."""
+    return dict(re.findall(r"^(\S.*?)  +(\S.*)$", out.split("\n\n")[0], re.MULTILINE))
+
+
+def saved_model(folder, name="gpt2", **changes):
+    model = tiny.make(name, **changes)
+    model.save_pretrained(folder)
+    return model
+
+
+def saved_prefix(folder, model, **options):
+    prefixkit.apply(model, **{"num_virtual_tokens": TOKENS, **options})
+    with torch.no_grad():
+        for value in model.prefixkit.parameters():
+            value.normal_(generator=torch.Generator().manual_seed(value.numel()))
+    prefixkit.save(model, folder)
+    return model
+
+
+def process(*code):
+    return subprocess.run([sys.executable, *code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plugins"], *([name, "--help"] for name in COMMANDS), ["trian"]])
+def test_what_needs_no_model_imports_no_torch(arguments):
+    code = (
+        "import sys\nfrom prefixkit.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "sys.exit(' '.join({'torch', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules)) or 0)"
+    )
+    done = process("-c", code, *arguments)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_is_installed_under_its_name():
+    content = (ROOT / "pyproject.toml").read_text()
+    assert '[project.scripts]\nprefixkit = "prefixkit.cli:main"' in content
+    done = process("-m", "prefixkit.cli", "--version")
+    assert (done.returncode, done.stdout) == (0, f"prefixkit {prefixkit.__version__}\n")
+    assert process("-m", "prefixkit.cli", "inspect", "nowhere/at/all").returncode == 1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_an_example(name, capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        cli.main([name, "--help"])
+    assert f"example:\n  prefixkit {name}" in capsys.readouterr().out
+
+
+def test_plugins(run):
+    out = run("plugins")
+    assert re.search(r"^prefixkit +\S+ +prefix-tuning, p-tuning-v2", out, re.MULTILINE)
+    for info in prefixkit.plugins():
+        assert re.search(rf"^{info.distribution} +{re.escape(info.version)} ", out, re.MULTILINE)
+    assert "broken" not in out
+
+
+def test_broken_plugins_say_why(run, monkeypatch):
+    broken = prefixkit.PluginInfo(
+        module="mod", entry_points=("mine",), distribution="bad-one", version="3", error="ImportError: no 'x'"
+    )
+    monkeypatch.setattr("prefixkit.cli.plugins.plugins", lambda: [broken])
+    assert re.search(r"broken plugin.*\nbad-one +3 +mine +ImportError: no 'x'$", run("plugins"), re.MULTILINE)
+
+
+def test_long_cells_are_wrapped(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "45")
+    made = table.table(("a", "words"), [("x", "one two three four five six seven eight nine ten eleven")])
+    assert made.splitlines()[1:] == ["x  one two three four five six seven eight", "   nine ten eleven"]
+
+
+# inspect
+
+
+def test_inspect_a_model_agrees_with_apply(tmp_path, run):
+    model = saved_model(tmp_path, "mistral")
+    found = facts(run("inspect", tmp_path, "-P", TOKENS, "--method", "prefix-tuning", "--window", "slide"))
+    base = model.num_parameters()
+    prefixkit.apply(model, method="prefix-tuning", num_virtual_tokens=TOKENS, window="slide")
+    numbers = sum(value.numel() for value in model.prefixkit.parameters())
+    flat = TOKENS * sum(site.width for site in prefixkit.sites(model))
+    assert found["model"] == f"MistralForCausalLM (mistral), {base:,} parameters"
+    assert found["adapter"] == "prefixkit-llama"
+    share = 100 * numbers / (base + numbers)
+    assert found["prefix"] == f"{numbers:,} parameters, {share:.2f} % of the model; folded {flat:,}"
+    assert (found["window"], found["positions"], found["engine"]) == ("slide", "shift", "attention")
+
+
+def test_inspect_shows_sites_and_engines(tmp_path, run):
+    saved_model(tmp_path, "t5")
+    out = run("inspect", tmp_path)
+    rows = [line.split() for line in out.split("\n\n")[1].splitlines()[1:]]
+    assert rows == [
+        ["encoder", "0-1", "4", "12", "12", "-", "encoder.block.*.layer.*.SelfAttention"],
+        ["decoder", "0-2", "4", "12", "12", "-", "decoder.block.*.layer.*.SelfAttention"],
+        ["cross", "0-2", "4", "12", "12", "-", "decoder.block.*.layer.*.EncDecAttention"],
+    ]
+    assert "attention engine: yes\ncache engine: no: " in out
+    only = run("inspect", tmp_path, "--stacks", "decoder", "cross")
+    assert [line.split()[0] for line in only.split("\n\n")[1].splitlines()[1:]] == ["decoder", "cross"]
+    assert "cache engine: yes" in only
+
+
+def test_inspect_reads_no_weights(tmp_path, run):
+    saved_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert facts(run("inspect", tmp_path))["prefix"].startswith("3,840 parameters")
+
+
+def test_inspect_a_task_class_without_a_plugin(tmp_path, run):
+    BertForSequenceClassification(BertConfig(**tiny.BERT)).save_pretrained(tmp_path)
+    found = facts(run("inspect", tmp_path, "--num-labels", 5))
+    assert found["model"].startswith("BertForSequenceClassification (bert), ")
+    assert found["adapter"] == "none needed: watched in a forward pass"
+    assert found["head that trains"] == "165 parameters"
+    found = facts(run("inspect", tmp_path, "--task", "token-classification", "--num-labels", 3))
+    assert found["model"].startswith("BertForTokenClassification")
+    assert found["head that trains"] == "99 parameters"
+    assert facts(run("inspect", tmp_path, "--task", "BertForMaskedLM"))["head that trains"] == "none"
+
+
+def test_inspect_a_saved_prefix(tmp_path, run):
+    saved_prefix(tmp_path, tiny.make("llama"), positions="none", layers=[0, 2], name="mine")
+    found = facts(run("inspect", tmp_path))
+    assert found["prefix"] == "mine"
+    assert (found["virtual tokens"], found["positions"], found["window"]) == ("4", "none", "pinned")
+    assert found["numbers"] == f"{TOKENS * 2 * 2 * 16:,}"
+    assert "embedding.weight  (4, 64)" in run("inspect", tmp_path)
+
+
+@pytest.mark.parametrize("large", [(2, 2**28), (2, 2)])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "bart", "opt"])
+def test_a_model_without_weights_looks_like_the_model(name, large, monkeypatch):
+    """With weights that share their numbers, a watched forward pass tells the same, positions included."""
+    monkeypatch.setattr("prefixkit.weightless.LARGE", large[0])
+    monkeypatch.setattr("prefixkit.weightless.HUGE", large[1])
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "ffn_dim": 32, "num_attention_heads": 4}
+    opt = OPTConfig(vocab_size=60, word_embed_proj_dim=32, max_position_embeddings=64, **sizes)
+    model = OPTForCausalLM(opt) if name == "opt" else tiny.make(name)
+    fake = weightless(type(model), model.config)
+    adapter = generic.generic_adapter()
+    assert stacks_of(fake, adapter) == stacks_of(model, adapter)
+    storages = {value.untyped_storage().data_ptr() for value in fake.parameters()}
+    assert len(storages) < len(list(fake.parameters())) or large == (2, 2)
+
+
+# convert
+
+
+@pytest.mark.parametrize("positions", ["shift", "none"])
+def test_convert_to_plain_keys_and_values(positions, tmp_path, run):
+    """Without the base's weights, the file is the one that ``export`` writes with them."""
+    saved_model(tmp_path / "base", "llama")
+    model = saved_prefix(tmp_path / "prefix", tiny.make("llama"), method="prefix-tuning")
+    out = run(
+        *("convert", tmp_path / "prefix", tmp_path / "kv.safetensors", "--to", "kv"),
+        *("--base", tmp_path / "base", "--positions", positions),
+    )
+    assert out.startswith("prefix-tuning, 4 virtual tokens for llama: wrote ")
+    prefixkit.export(model, tmp_path / "right.safetensors", positions=positions)
+    found, right = (load_file(tmp_path / f"{name}.safetensors") for name in ("kv", "right"))
+    assert found.keys() == right.keys()
+    assert all(torch.allclose(found[name], right[name], atol=1e-5) for name in right)
+
+
+def test_convert_to_peft_and_back(tmp_path, run):
+    saved_model(tmp_path / "base")
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
+    model = saved_prefix(tmp_path / "prefix", model, method="prefix-tuning")
+    expected = tiny.logits(model, **tiny.inputs(model))
+    run("convert", tmp_path / "prefix", tmp_path / "peft", "--to", "peft")  # the prefix names its base
+    assert (tmp_path / "peft/adapter_config.json").is_file()
+    run("convert", tmp_path / "peft", tmp_path / "again", "--to", "prefixkit", "--base", tmp_path / "base")
+    fresh = GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
+    prefixkit.load(fresh, tmp_path / "again")
+    assert torch.allclose(tiny.logits(fresh, **tiny.inputs(fresh)), expected, atol=1e-5)
+
+
+def test_convert_what_the_base_has_to_read(tmp_path, run):
+    """Prompt tuning's keys and values come out of the base, so it is read after all."""
+    saved_model(tmp_path / "base")
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
+    model = saved_prefix(tmp_path / "prefix", model, method="prompt-tuning")
+    run("convert", tmp_path / "prefix", tmp_path / "kv.safetensors", "--to", "kv")
+    prefixkit.export(model, tmp_path / "right.safetensors")
+    found, right = (load_file(tmp_path / f"{name}.safetensors") for name in ("kv", "right"))
+    assert all(torch.allclose(found[name], right[name], atol=1e-5) for name in right)
+
+
+def test_convert_folds_and_keeps_a_head(tmp_path, run):
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig(**tiny.BERT, num_labels=5)).save_pretrained(tmp_path / "base")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+    saved_prefix(tmp_path / "prefix", model, method="prefix-tuning", encoder_hidden_size=8)
+    with torch.no_grad():
+        model.classifier.weight.add_(1.0)
+    prefixkit.save(model, tmp_path / "prefix")
+    run("convert", tmp_path / "prefix", tmp_path / "folded", "--to", "prefixkit", "--fold")
+    fresh = BertForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+    prefixkit.load(fresh, tmp_path / "folded")
+    ids = tiny.tokens(2, 5)
+    assert prefixkit.config(fresh).folded
+    assert torch.allclose(tiny.logits(fresh, input_ids=ids), tiny.logits(model, input_ids=ids), atol=1e-6)
+
+
+def test_convert_overwrites_only_if_asked(tmp_path, run, refused):
+    saved_model(tmp_path / "base")
+    saved_prefix(tmp_path / "prefix", tiny.make("gpt2"))
+    arguments = ["convert", tmp_path / "prefix", tmp_path / "kv", "--to", "kv", "--base", tmp_path / "base"]
+    run(*arguments)
+    assert refused(*arguments).endswith("/kv' is there already; name another place, or pass --overwrite")
+    run(*arguments, "--overwrite")
+
+
+# train and generate
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A folder with a tiny model that reads text, and pairs."""
+    folder = tmp_path_factory.mktemp("text")
+    for name in ("gpt2", "bart"):
+        tiny.make(name, vocab_size=2048).save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder / name)
+    rows = [json.dumps({"source": f"what is {n}", "target": f"it is {n}"}) for n in range(8)]
+    (folder / "pairs.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bart"])
+def test_train_and_generate(name, text, tmp_path, run):
+    pairs = text / "pairs.jsonl"
+    out = run(
+        *("train", text / name, "--train", pairs, "--test", pairs, "--max-test", 3, "-P", TOKENS),
+        *("--epochs", 1, "--batch-size", 4, "--output", tmp_path / "prefix"),
+    )
+    assert re.search(r"^p-tuning-v2: [\d,]+ trainable numbers, \d+\.\d\d % of the model$", out, re.MULTILINE)
+    assert re.search(r"^BLEU on 3 test inputs: \d+\.\d before, \d+\.\d after$", out, re.MULTILINE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prefix"], "what Trainer writes is cleared away"
+    sentences = re.findall(r"^  generated  (.*)$", out, re.MULTILINE)
+    again = run("generate", tmp_path / "prefix", "what is 0", "what is 1", "what is 2")
+    assert again.splitlines() == sentences
+    scored = run(
+        "generate", tmp_path / "prefix", "--input", pairs, "--score", "--output", tmp_path / "out/answers.jsonl"
+    )
+    assert re.search(r"^BLEU on 8 inputs: \d+\.\d$", scored, re.MULTILINE)
+    answers = tmp_path / "out/answers.jsonl"
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [row["source"] for row in rows] == [f"what is {n}" for n in range(8)]
+    assert [row["target"] for row in rows[:3]] == sentences
+
+
+def test_a_missing_package_is_named_before_the_work(text, tmp_path, refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    pairs = text / "pairs.jsonl"
+    for arguments in (
+        ["generate", text / "no-prefix", "--input", pairs, "--score"],
+        ["train", text / "no-model", "--train", pairs, "--test", pairs, "--output", tmp_path],
+    ):
+        assert refused(*arguments) == "BLEU is counted by sacrebleu, which is missing: pip install 'prefixkit[text]'"
+
+
+# errors
+
+
+def test_errors_are_one_message(text, tmp_path, refused):
+    out, pairs = tmp_path / "out", text / "pairs.jsonl"
+    train = ["train", text / "gpt2", "--output", out, "--train"]
+    (tmp_path / "bad.jsonl").write_text('{"source": "a", "traget": "b"}\n')
+    (tmp_path / "worse.jsonl").write_text("{\n")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "gz.jsonl.gz").write_bytes(b"no gzip")
+    (tmp_path / "file").write_text("x")
+    for arguments, message in [
+        (["trian"], r"argument command: invalid choice: 'trian' .*; `prefixkit --help` shows what is possible"),
+        ([], r"the following arguments are required: command; .*"),
+        (["inspect", text / "gpt2", "-P", "x"], r"argument -P/--num-virtual-tokens: invalid int value: 'x'; .*"),
+        (["inspect", text / "gpt2", "-P", 0], "num_virtual_tokens is 0; it must be a whole number of 1 or more"),
+        (["inspect", text / "gpt2", "--method", "p-tuning"], r"no method 'p-tuning' \(did you mean .*"),
+        (["inspect", text / "gpt2", "--positions", "shfit"], r"positions is 'shfit' \(did you mean 'shift'\?\).*"),
+        (["inspect", text / "gpt2", "--task", "causal-ml"], r"--task is 'causal-ml' \(did you mean 'causal-lm'\?\).*"),
+        (["inspect", text / "gpt2", "--task", "seq2seq-lm"], r"a model of type 'gpt2' cannot be made as .*"),
+        (["inspect", tmp_path / "none"], "cannot load a model from '.*none': .*"),
+        (
+            ["inspect", "user/none"],
+            "'user/none' is neither a model nor a prefix: there is no folder .*",
+        ),
+        ([*train, tmp_path / "none.jsonl"], "cannot read '.*none.jsonl': .*No such file.*"),
+        (
+            [*train, tmp_path / "bad.jsonl"],
+            r"object 1 of '.*' has no text in a field 'target' \(did you.*",
+        ),
+        ([*train, tmp_path / "worse.jsonl"], "line 1 of '.*worse.jsonl' is not valid JSON: .*"),
+        ([*train, tmp_path / "empty.jsonl"], "'.*empty.jsonl' has no lines; each has to be a JSON object"),
+        ([*train, tmp_path / "gz.jsonl.gz"], "cannot read '.*gz.jsonl.gz': .*; it has to be a file of JSON lines"),
+        ([*train[:3], tmp_path / "file", "--train", pairs], "--output is '.*file', which is a file; name a folder"),
+        (["generate", tmp_path / "none", "x"], "there is nothing at '.*none', and that is no name on the hub .*"),
+        (["generate", tmp_path], "pass either texts or --input with a file of JSON lines"),
+        (["generate", tmp_path, "x", "--score"], "--score needs --input, a file that has references"),
+        (["convert", tmp_path / "none", out, "--to", "kv"], "there is nothing at '.*none', and that is no name .*"),
+        (["convert", tmp_path, out, "--to", "kv"], "the prefix in '.*' does not say what its base is; pass --base"),
+        (["convert", tmp_path, out, "--to", "peft", "--positions", "none"], "--positions goes with --to kv; .*"),
+    ]:
+        assert re.fullmatch(message, refused(*arguments)), arguments
+    assert not out.exists()
+
+
+def test_debug_shows_where(text):
+    for arguments in (["--debug", "inspect", str(text / "none")], ["inspect", str(text / "none"), "--debug"]):
+        with pytest.raises(prefixkit.PrefixkitError, match="^cannot load a model from"):
+            cli.main(arguments)
+
+
+def test_a_plugin_that_is_broken_is_an_error(tmp_path, refused, monkeypatch):
+    saved_model(tmp_path)
+
+    def broken(*_):
+        raise prefixkit.UnknownAdapterError("the plugin for model type 'gpt2' failed to load: x")
+
+    monkeypatch.setattr(discovery.Registry, "adapter_for", broken)
+    assert refused("inspect", tmp_path) == "the plugin for model type 'gpt2' failed to load: x"
+
+
+assert os.environ["HF_HUB_OFFLINE"] == "1", "no test of this file may ask a hub"
