@@ -81,7 +81,7 @@ def carry_out(run: Run, arm: Arm) -> Entry:
     task = TASKS[run.task]()
     set_seed(run.seed)
     model = arm(task.make())
-    numbers = budget(model)
+    numbers = budget(model) if run.steps else 0
     start = time.perf_counter()
     last = train(model, task, run) if run.steps else math.nan
     seconds = time.perf_counter() - start
