@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from hub_server import serving
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, file_download
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import prefixkit
@@ -28,6 +28,8 @@ def online(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", address)
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        # Before huggingface_hub 1 the module that downloads has its own copy.
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
