@@ -26,7 +26,7 @@ def push_to_hub(
     name: str | None = None,
     commit_message: str | None = MESSAGE,
     private: bool | None = None,
-    token: hub.Token = None,
+    token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
@@ -85,7 +85,7 @@ def publish(
     *,
     commit_message: str | None = MESSAGE,
     private: bool | None = None,
-    token: hub.Token = None,
+    token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:

@@ -10,11 +10,11 @@ import pytest
 import tiny
 import torch
 from hub_server import serving
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, file_download
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import prefixkit
-from prefixkit import CheckpointError, hub
+from prefixkit import CheckpointError, cli, hub
 
 TOKENS = 4
 ID = "user/my-prefix"
@@ -28,6 +28,8 @@ def online(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", address)
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        # Before huggingface_hub 1 the module that downloads has its own copy.
+        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
@@ -267,3 +269,19 @@ def test_a_trainer_that_pushes(online, tmp_path):
     trainer.train()
     trainer.push_to_hub()
     assert same(prefixkit.load(tiny.make("gpt2"), "user/trained"), model.eval())
+
+
+def test_the_command_line_takes_names_on_the_hub(online, tmp_path, capsys):
+    model = tiny.make("gpt2")
+    model.save_pretrained(tmp_path / "base")
+    prefixkit.push_to_hub(prefixkit.apply(model, num_virtual_tokens=TOKENS), ID)
+    assert cli.main(["inspect", ID]) == 0
+    assert "virtual tokens  4" in capsys.readouterr().out
+    config = (tmp_path / "base/config.json").read_bytes()
+    online.add("user/base", {"config.json": config, "model.safetensors": b"gigabytes"})
+    assert cli.main(["inspect", "user/base"]) == 0
+    assert "model             GPT2LMHeadModel (gpt2)" in capsys.readouterr().out
+    assert cli.main(["convert", ID, str(tmp_path / "kv"), "--to", "kv", "--base", "user/base"]) == 0
+    assert "model.safetensors" not in online.downloaded
+    assert cli.main(["inspect", "user/none"]) == 1
+    assert "'user/none' is neither a model nor a prefix: there is no folder" in capsys.readouterr().err
