@@ -85,7 +85,7 @@ class TestRowsMoveAlike(Llama):
 
     def plant(self, monkeypatch):
         original = Mixture.offset
-        monkeypatch.setattr(Mixture, "offset", lambda self, stack: original(self, stack).amax(0, keepdim=True))
+        monkeypatch.setattr(Mixture, "offset", lambda self, stack: (max(original(self, stack)),) * len(self.rows))
 
 
 class TestRowsWithoutAGraph(Bert):
