@@ -64,10 +64,10 @@ class SavePretrained:
         named |= {name: value.detach() for name, value in peft_parameters(self.model).items()}
         checkpoint_files.write_tensors(directory / RESUME_FILE, named, {checkpoint_files.HEADER: "a copy for Trainer"})
         if push_to_hub:
-            from prefixkit.publishing import publish  # needs checkpoint, which needs this module
+            from prefixkit.publishing import publish  # needs prefixes, which need this module
 
             repo_id = options.pop("repo_id", None) or directory.resolve().name
-            publish(self.model, attachment, directory, repo_id, **_known(options))
+            publish(self.model, attachment, tensors, repo_id, **_known(options))
 
     def _save_adapters(self, directory: Path) -> None:
         """Adapters of ``model.add_adapter``, in PEFT's own format and as transformers saves them."""

@@ -64,13 +64,13 @@ def _metadata(attachment: Attachment) -> str:
 
     config = attachment.config
     fields: dict[str, Any] = {}
-    if config.base_model_name_or_path and not _is_local(config.base_model_name_or_path):
+    if config.base_model_name_or_path and not is_local(config.base_model_name_or_path):
         fields = {"base_model": config.base_model_name_or_path, "base_model_relation": "adapter"}
     tags = ["prefixkit", config.method, config.model_type]
     return ModelCardData(library_name="prefixkit", tags=list(dict.fromkeys(tags)), **fields).to_yaml()
 
 
-def _is_local(base: str) -> bool:
+def is_local(base: str) -> bool:
     """Whether the base is a folder of this machine, whose path says nothing to others."""
     return Path(base).is_absolute() or base.startswith((".", "~")) or base.count("/") > 1 or Path(base).exists()
 
@@ -79,7 +79,7 @@ def _code(model: PreTrainedModel, attachment: Attachment, repo_id: str, revision
     kind, config = type(model), attachment.config
     package = "transformers" if kind.__module__.startswith("transformers.") else kind.__module__
     base = f"path/to/{Path(config.base_model_name_or_path).name}"
-    if config.base_model_name_or_path and not _is_local(config.base_model_name_or_path):
+    if config.base_model_name_or_path and not is_local(config.base_model_name_or_path):
         base = config.base_model_name_or_path
     # A head that trained has as many outputs as the task; without this, the class would make it another size.
     labels = f", num_labels={model.config.num_labels}" if config.head and _counts_labels(model) else ""
@@ -102,7 +102,7 @@ def _rows(model: PreTrainedModel, attachment: Attachment, size: int) -> dict[str
     base = config.base_model_name_or_path
     every = sum(value.numel() for value in tensors.values())
     return {
-        "base model": f"`{Path(base).name if _is_local(base) else base}`" if base else "not known",
+        "base model": f"`{Path(base).name if is_local(base) else base}`" if base else "not known",
         "model type, class": f"`{config.model_type}`, `{type(model).__name__}`",
         "method": config.method + (", folded" if config.folded else ""),
         "virtual tokens (P)": str(config.num_virtual_tokens),

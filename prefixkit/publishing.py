@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefixkit import hub
-from prefixkit.checkpoint import save
-from prefixkit.model_card import is_ours, model_card
+from prefixkit import checkpoint_files, hub
+from prefixkit.model_card import is_local, is_ours, model_card
 from prefixkit.prefixes import require
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from prefixkit.attachment import Attachment
@@ -60,27 +62,26 @@ def push_to_hub(
         CheckpointError: If the prefix is offloaded, or the hub refuses or cannot be reached.
     """
     attachment = require(model).named(name)
-    with tempfile.TemporaryDirectory() as folder:
-        save(model, folder, name=name)
-        if not attachment.writes():
-            return ""
-        return publish(
-            model,
-            attachment,
-            Path(folder),
-            repo_id,
-            commit_message=commit_message,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-        )
+    tensors = attachment.whole_tensors(model)
+    if not attachment.writes():
+        return ""
+    return publish(
+        model,
+        attachment,
+        tensors,
+        repo_id,
+        commit_message=commit_message,
+        private=private,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+    )
 
 
 def publish(
     model: PreTrainedModel,
     attachment: Attachment,
-    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
     repo_id: str,
     *,
     commit_message: str | None = MESSAGE,
@@ -89,12 +90,18 @@ def publish(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Upload the prefix that was saved to ``folder``.
+    """Upload the prefix whose checkpoint holds ``tensors``.
+
+    A base that is a folder of this machine is named without its path, which is nobody else's business.
 
     Raises:
         CheckpointError: If the hub refuses or cannot be reached.
     """
-    files = {file: (folder / file).read_bytes() for file in hub.PREFIX_FILES}
+    base = attachment.config.base_model_name_or_path
+    config = replace(attachment.config, base_model_name_or_path=Path(base).name if is_local(base) else base)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint_files.write(Path(folder), config, tensors)
+        files = {file: (Path(folder) / file).read_bytes() for file in hub.PREFIX_FILES}
     api = hub.client(token)
     repo_id = hub.make_repository(api, repo_id, private=private, revision=revision)
     card = hub.card_of(api, repo_id, revision)

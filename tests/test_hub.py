@@ -11,7 +11,7 @@ import tiny
 import torch
 from hub_server import serving
 from huggingface_hub import ModelCard, constants, file_download
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import prefixkit
 from prefixkit import CheckpointError, cli, hub
@@ -40,7 +40,11 @@ def online(tmp_path, monkeypatch):
 
 def tuned(name="gpt2", method="p-tuning-v2", **options):
     """A model whose prefix is not what ``apply`` would draw again."""
-    return drawn(prefixkit.apply(tiny.make(name), method=method, num_virtual_tokens=TOKENS, **options))
+    return tuned_on(tiny.make(name), method=method, **options)
+
+
+def tuned_on(model, **options):
+    return drawn(prefixkit.apply(model, num_virtual_tokens=TOKENS, **options))
 
 
 def drawn(model):
@@ -66,6 +70,16 @@ def test_push_and_load(name, online):
     fresh = prefixkit.load(tiny.make(name), ID)
     assert same(fresh, model)
     assert prefixkit.config(fresh) == prefixkit.config(model)
+
+
+def test_the_path_of_a_local_base_is_not_uploaded(online, tmp_path):
+    tiny.make("gpt2").save_pretrained(tmp_path / "private" / "my-base")
+    model = tuned_on(GPT2LMHeadModel.from_pretrained(tmp_path / "private" / "my-base"))
+    prefixkit.push_to_hub(model, ID)
+    files = online.files(ID)
+    assert not [name for name, content in files.items() if b"private" in content]
+    assert json.loads(files["prefix_config.json"])["base_model_name_or_path"] == "my-base"
+    assert prefixkit.config(model).base_model_name_or_path == str(tmp_path / "private" / "my-base")
 
 
 def test_an_owner_is_added_and_another_prefix_can_be_named(online):
