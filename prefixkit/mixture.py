@@ -170,7 +170,8 @@ def check_mixable(used: Mapping[str, Attachment]) -> None:
         if one.adds or one.config.infix:
             what = "an infix" if one.config.infix else "a gate, or no keys and values"
             raise ConfigError(f"prefix {name!r} has {what}; prefixkit.rows is for keys and values in front")
-    for field_name in ("positions", "window"):
+    windowed = any(site.window is not None for one in used.values() for site in one.layout.sites)
+    for field_name in ("positions", "window") if windowed else ("positions",):
         policies = {name: getattr(one.config, field_name) for name, one in used.items()}
         if len(set(policies.values())) > 1:
             raise ConfigError(f"the prefixes of one call need one policy of {field_name}; these have {policies}")

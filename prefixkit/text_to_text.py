@@ -73,7 +73,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        lines = content.decode().splitlines()
+        lines = content.decode("utf-8-sig").split("\n")  # a string may hold other line ends
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {str(path)!r}: {error}; it has to be a file of JSON lines") from error
     found = [_row(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
@@ -85,7 +85,8 @@ def rows(path: Path) -> list[dict[str, Any]]:
 def _row(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    # Of numbers too long and lists too deep Python says so in other ways.
+    except (ValueError, RecursionError) as error:
         raise DataError(f"line {number} of {str(path)!r} is not valid JSON: {error}") from error
     if not isinstance(row, dict):
         raise DataError(f"line {number} of {str(path)!r} is no JSON object: {line[:60]}")
@@ -128,14 +129,14 @@ def group(pairs: Sequence[Pair]) -> list[Example]:
 
 def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in float32, and its tokenizer ready to pad."""
-    config = AutoConfig.from_pretrained(name)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    tokenizer: Any = AutoTokenizer.from_pretrained(name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if not config.is_encoder_decoder:
         tokenizer.padding_side = "left"
-    return kind.from_pretrained(name, dtype=torch.float32), tokenizer
+    return kind.from_pretrained(name, dtype=torch.float32, trust_remote_code=False), tokenizer
 
 
 def encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, seq2seq: bool) -> dict[str, list[int]]:
@@ -228,8 +229,8 @@ def peak_rate(model: PreTrainedModel, learning_rate: float | None) -> float:
     A flat prefix wants a far higher one than an MLP or the model's own weights; prefixkit knows which.
     """
     if all(parameter.requires_grad for parameter in model.parameters()):
-        return learning_rate or FULL_LEARNING_RATE
-    rate = learning_rate or recommended_lr(config_of(model))
+        return FULL_LEARNING_RATE if learning_rate is None else learning_rate
+    rate = recommended_lr(config_of(model)) if learning_rate is None else learning_rate
     check_lr(config_of(model), rate)
     return rate
 

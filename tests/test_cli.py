@@ -18,12 +18,14 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     OPTConfig,
     OPTForCausalLM,
 )
 
 import prefixkit
-from prefixkit import cli, discovery
+from prefixkit import cli, discovery, text_to_text
 from prefixkit.assembly import stacks_of
 from prefixkit.cli import table
 from prefixkit.generic import stacks as generic
@@ -389,3 +391,90 @@ def test_a_plugin_that_is_broken_is_an_error(tmp_path, refused, monkeypatch):
 
 
 assert os.environ["HF_HUB_OFFLINE"] == "1", "no test of this file may ask a hub"
+
+
+# Found by attack
+
+
+def llama_classifier(folder):
+    torch.manual_seed(0)
+    config = LlamaConfig(**tiny.llama_sizes(), num_labels=3)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    return LlamaForSequenceClassification.from_pretrained(folder)
+
+
+def test_converted_to_peft_a_head_that_did_not_train_is_the_bases(tmp_path, run):
+    """PEFT's file holds the head in any case; from a config alone it would be random numbers."""
+    model = prefixkit.apply(llama_classifier(tmp_path / "base"), num_virtual_tokens=3, head=False)
+    prefixkit.save(model, tmp_path / "own")
+    run("convert", tmp_path / "own", tmp_path / "peft", "--to", "peft")
+    written = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert torch.equal(written["base_model.score.weight"], model.score.weight)
+
+
+def test_a_head_that_nobody_has_is_not_made_up(tmp_path, refused):
+    tiny.make("gpt2").save_pretrained(tmp_path / "base")
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    prefixkit.save(prefixkit.apply(model, num_virtual_tokens=3), tmp_path / "own")
+    message = refused(
+        "convert", tmp_path / "own", tmp_path / "peft", "--to", "peft", "--task", "sequence-classification"
+    )
+    assert "have no score.weight, which PEFT's file needs" in message
+    assert not (tmp_path / "peft").exists()
+
+
+def test_code_that_comes_with_a_model_is_never_run(tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "own-kind", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}})
+    )
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write('ran')")
+    assert "code of its own, which prefixkit never runs" in refused("inspect", folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_inspect_takes_the_folder_and_not_a_file_in_it(tmp_path, refused):
+    prefixkit.save(prefixkit.apply(tiny.make("gpt2"), num_virtual_tokens=3), tmp_path)
+    assert f"pass the folder that it stands in, {str(tmp_path)!r}" in refused(
+        "inspect", tmp_path / "prefix_config.json"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--batch-size", "0"],
+        ["--max-train", "-1"],
+        ["--max-test", "0"],
+        ["--epochs", "0"],
+        ["--epochs", "nan"],
+        ["--learning-rate", "0"],
+        ["--learning-rate", "-1"],
+        ["--seed", "-1"],
+        ["-P", "0"],
+    ],
+)
+def test_numbers_that_make_no_sense(arguments, refused):
+    message = refused("train", "nowhere", "--train", "pairs.jsonl", "--output", "out", *arguments)
+    assert f"{arguments[0]}" in message or arguments[0] == "-P"
+    assert arguments[1] in message
+
+
+def test_convert_does_not_write_over_its_source(tmp_path, refused):
+    prefixkit.save(prefixkit.apply(tiny.make("gpt2"), num_virtual_tokens=3), tmp_path / "own")
+    before = (tmp_path / "own" / "prefix.safetensors").read_bytes()
+    target = tmp_path / "own" / "prefix.safetensors"
+    message = refused("convert", tmp_path / "own", target, "--to", "kv", "--overwrite", "--base", TOKENIZER)
+    assert "is where the prefix comes from" in message
+    assert target.read_bytes() == before
+
+
+def test_json_lines_may_hold_other_line_ends(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes('\ufeff{"source": "a\u2028b"}\r\n{"source": "c\u0085d"}\n'.encode())
+    assert text_to_text.texts(path, "source") == ["a\u2028b", "c\u0085d"]
+    path.write_text("[" * 100_000)
+    with pytest.raises(prefixkit.PrefixkitError, match="line 1 of .* is not valid JSON"):
+        text_to_text.rows(path)

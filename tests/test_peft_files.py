@@ -527,3 +527,21 @@ def test_our_own_files_come_first(tmp_path):
     fresh = prefixkit.load(copy.deepcopy(tiny.make("gpt2")), tmp_path)
     inputs = tiny.inputs(fresh)
     assert torch.equal(numbers(fresh, **inputs), numbers(model, **inputs))
+
+
+@pytest.mark.parametrize("modules", [["lm_head"], ["wte"], ["wte", "lm_head"]])
+def test_weights_that_peft_trained_apart_are_not_tied_again(modules, tmp_path):
+    """PEFT trains a copy, and the other end of the tie stays; here both are one parameter."""
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, modules_to_save=modules)
+    model = get_peft_model(tiny.make("gpt2"), config)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "modules_to_save" in name:
+                value.normal_(generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(tmp_path)
+    if not [name for name in safetensors.torch.load_file(tmp_path / "adapter_model.safetensors") if "weight" in name]:
+        pytest.skip("this PEFT does not save these modules")
+    bare = tiny.make("gpt2")
+    with pytest.raises(prefixkit.CheckpointError, match="are one in this model; load it into a model with tie_word"):
+        prefixkit.load(bare, tmp_path)
+    assert prefixkit.names(bare) == []

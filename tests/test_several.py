@@ -770,3 +770,17 @@ def test_unfreezing_one_that_is_not_active_lasts():
     assert "prefixkit.second.embedding.weight" in trained(model)
     prefixkit.activate(model, "second")
     assert trained(model) == {"prefixkit.second.embedding.weight"}
+
+
+def test_window_policies_differ_where_there_are_no_windows():
+    """As a prefix of PEFT and one of ours do."""
+    model = tiny.make("llama")
+    for name, window in (("first", "pinned"), ("second", "slide")):
+        strong(prefixkit.apply(model, num_virtual_tokens=3, name=name, window=window, init="random"), name)
+    ids = tiny.tokens(2, 4)
+    with prefixkit.rows(model, ["first", "second"]):
+        found = tiny.logits(model, input_ids=ids)
+    for row, name in enumerate(["first", "second"]):
+        torch.testing.assert_close(
+            found[row], alone(model, name, input_ids=ids[row : row + 1])[0], atol=1e-5, rtol=1e-4
+        )

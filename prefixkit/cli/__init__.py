@@ -20,6 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser().parse_args(words)
         importlib.import_module(f"prefixkit.cli.{options.command}").run(options)
+    except BrokenPipeError:  # whoever reads has seen enough
+        sys.stderr.close()
+        return 1
     # ImportError: of the packages that not every command needs, whose messages name them.
     except (PrefixkitError, OSError, ImportError) as error:
         if "--debug" in words:

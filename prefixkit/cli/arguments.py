@@ -118,12 +118,12 @@ def _train(commands: Commands) -> None:
     made.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to save the prefix to")
     _add_fields(made)
     _add_prefix(made)
-    made.add_argument("--epochs", type=float, default=2.0, help="(2)")
-    made.add_argument("--learning-rate", type=float, help="peak (what suits the method)")
-    made.add_argument("--max-train", type=int, metavar="N", help="use only so many pairs")
-    made.add_argument("--max-test", type=int, metavar="N", help="use only so many test inputs")
-    made.add_argument("--seed", type=int, default=0, help="(0)")
-    made.add_argument("--batch-size", type=int, default=32, help="(32)")
+    made.add_argument("--epochs", type=_above_zero, default=2.0, help="(2)")
+    made.add_argument("--learning-rate", type=_above_zero, help="peak (what suits the method)")
+    made.add_argument("--max-train", type=_count, metavar="N", help="use only so many pairs")
+    made.add_argument("--max-test", type=_count, metavar="N", help="use only so many test inputs")
+    made.add_argument("--seed", type=_seed, default=0, help="(0)")
+    made.add_argument("--batch-size", type=_count, default=32, help="(32)")
 
 
 def _generate(commands: Commands) -> None:
@@ -141,9 +141,33 @@ def _generate(commands: Commands) -> None:
     made.add_argument("--score", action="store_true", help="BLEU against the target field of --input")
     made.add_argument("--output", type=Path, metavar="FILE", help="write JSON lines there, not to the terminal")
     _add_fields(made)
-    made.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="(64)")
-    made.add_argument("--batch-size", type=int, default=64, help="(64)")
+    made.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="(64)")
+    made.add_argument("--batch-size", type=_count, default=64, help="(64)")
     made.add_argument("--revision", help="branch, tag or commit of PREFIX on the hub")
+
+
+def _count(text: str) -> int:
+    """A whole number of 1 or more."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def _above_zero(text: str) -> float:
+    """A finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no finite number above 0")
+    return value
+
+
+def _seed(text: str) -> int:
+    """What torch and numpy both take."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 2**32 - 1")
+    return value
 
 
 def _add_fields(made: Parser) -> None:
@@ -153,7 +177,9 @@ def _add_fields(made: Parser) -> None:
 
 def _add_prefix(made: Parser) -> None:
     made.add_argument("--method", default="p-tuning-v2", help="an installed method (p-tuning-v2)")
-    made.add_argument("-P", "--num-virtual-tokens", type=int, default=20, metavar="P", help="length of the prefix (20)")
+    made.add_argument(
+        "-P", "--num-virtual-tokens", type=_count, default=20, metavar="P", help="length of the prefix (20)"
+    )
 
 
 def _add_base(made: Parser) -> None:
@@ -162,4 +188,4 @@ def _add_base(made: Parser) -> None:
 
 def _add_task(made: Parser) -> None:
     made.add_argument("--task", help=TASKS)
-    made.add_argument("--num-labels", type=int, metavar="N", help="outputs of a classifier (what the config says)")
+    made.add_argument("--num-labels", type=_count, metavar="N", help="outputs of a classifier (what the config says)")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,9 @@ def base_config(place: str, *, num_labels: int | None = None, revision: str | No
     from transformers import AutoConfig
 
     labels = {} if num_labels is None else {"num_labels": num_labels}
-    config: PretrainedConfig = having(place, lambda: AutoConfig.from_pretrained(place, revision=revision, **labels))
+    config: PretrainedConfig = having(
+        place, lambda: AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False, **labels)
+    )
     return config
 
 
@@ -53,8 +55,10 @@ def without_weights(config: PretrainedConfig, task: str | None) -> PreTrainedMod
         return weightless(kind, config)
 
 
-def with_weights(place: str, config: PretrainedConfig, task: str | None) -> PreTrainedModel:
-    """The model itself, in float32.
+def with_weights(
+    place: str, config: PretrainedConfig, task: str | None, needed: Collection[str] = ()
+) -> PreTrainedModel:
+    """The model itself, in float32; its weights have the parameters ``needed``.
 
     Raises:
         CommandError: If there is no such class, or its weights cannot be had.
@@ -62,8 +66,16 @@ def with_weights(place: str, config: PretrainedConfig, task: str | None) -> PreT
     import torch
 
     kind = model_class(config, task)
-    model: PreTrainedModel = having(place, lambda: kind.from_pretrained(place, config=config, dtype=torch.float32))
-    return model
+    settings = {"config": config, "dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
+    model, info = having(place, lambda: kind.from_pretrained(place, **settings))
+    new = sorted(set(needed) & set(info["missing_keys"]))
+    if new:
+        raise CommandError(
+            f"the weights of {place!r} have no {', '.join(new)}, which PEFT's file needs and the prefix did not train; "
+            "pass the --task that the prefix was trained for"
+        )
+    made: PreTrainedModel = model
+    return made
 
 
 def model_class(config: PretrainedConfig, task: str | None) -> Any:
@@ -90,7 +102,9 @@ def having(place: str, load: Callable[[], Any]) -> Any:
     """What ``load`` gives, with the errors of transformers as one of ours."""
     try:
         return load()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError) as error:
+        if "trust_remote_code" in str(error):
+            raise CommandError(f"{place!r} brings code of its own, which prefixkit never runs") from error
         reason = " ".join(str(error).split())
         raise CommandError(f"cannot load a model from {place!r}: {reason}") from error
 
@@ -99,7 +113,8 @@ def having(place: str, load: Callable[[], Any]) -> Any:
 def _unfit(config: PretrainedConfig, kind: Any) -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError) as error:
+    # Configs may say anything, and models fail on it in as many ways.
+    except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise CommandError(
             f"a model of type {config.model_type!r} cannot be made as {kind.__name__}: {reason}; pass another --task"

@@ -12,6 +12,7 @@ from prefixkit.cli.bases import base_config, with_weights, without_weights
 from prefixkit.cli.saved import base_of, task_of
 from prefixkit.cli.wrong import CommandError
 from prefixkit.exporting import export
+from prefixkit.formats.peft_export import head_of_the_base
 from prefixkit.lifecycle import config, fold
 from prefixkit.method import EMBEDDINGS
 from prefixkit.prefixes import require
@@ -48,6 +49,8 @@ def _check_target(options: argparse.Namespace) -> None:
     if options.fold and options.to != "prefixkit":
         raise CommandError(f"--fold goes with --to prefixkit; --to {options.to} folds by itself")
     taken = target.is_file() or (target.is_dir() and any(target.iterdir()))
+    if target.resolve().is_relative_to(Path(options.source).resolve()):
+        raise CommandError(f"{str(target)!r} is where the prefix comes from; name another place")
     if taken and not options.overwrite:
         raise CommandError(f"{str(target)!r} is there already; name another place, or pass --overwrite")
 
@@ -59,6 +62,9 @@ def _with_prefix(source: Path, options: argparse.Namespace) -> PreTrainedModel:
     base, task = base_of(source, options.base), task_of(source, options.task)
     settings = base_config(base, num_labels=options.num_labels)
     model = load(without_weights(settings, task), source)
-    if require(model).attachment.gives == EMBEDDINGS and (options.to != "prefixkit" or options.fold):
-        return load(with_weights(base, settings, task), source)
+    attachment = require(model).attachment
+    reads = attachment.gives == EMBEDDINGS and (options.to != "prefixkit" or options.fold)
+    of_the_base = head_of_the_base(model, attachment) if options.to == "peft" else []
+    if reads or of_the_base:
+        return load(with_weights(base, settings, task, needed=of_the_base), source)
     return model

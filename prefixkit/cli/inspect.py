@@ -44,6 +44,8 @@ def run(options: argparse.Namespace) -> None:
 def _prefix(place: str, revision: str | None) -> Path | None:
     """The folder of a saved prefix, which may be a copy from the hub; ``None`` if it is a model."""
     path = Path(place)
+    if path.is_file():
+        raise CommandError(f"{place!r} is a file; pass the folder that it stands in, {str(path.parent)!r}")
     if path.exists():
         if not is_own(path) and (path / ADAPTER).is_file():
             raise CommandError(

@@ -146,8 +146,28 @@ def _head(target: Target, given: Mapping[str, torch.Tensor]) -> tuple[dict[str, 
         if path and own and own <= given.keys() and not _covered(path, modules):
             modules.append(path)
     names = (*modules, *(name for name in given if not _covered(name, modules)))
+    _check_tied(target, given)
     known = head_parameters(target.model, names)
     return {f"head.{name}": given[name] for name in known}, names
+
+
+def _check_tied(target: Target, given: Mapping[str, torch.Tensor]) -> None:
+    """Refuse weights that trained apart from others to which this model ties them.
+
+    Raises:
+        CheckpointError: If one of a tied group is missing, or another.
+    """
+    groups: dict[int, list[str]] = {}
+    for name, value in target.model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(value), []).append(name)
+    for names in groups.values():
+        there = [given[name] for name in names if name in given]
+        if there and not (len(there) == len(names) and all(torch.equal(there[0], other) for other in there)):
+            apart = ", ".join(name for name in names if name in given)
+            raise target.damaged(
+                f"{apart} trained apart, and {', '.join(names)} are one in this model; load it into a model with "
+                "tie_word_embeddings=False"
+            )
 
 
 def _covered(name: str, modules: Iterable[str]) -> bool:

@@ -194,6 +194,13 @@ def _head(model: PreTrainedModel, attachment: Attachment, task: Task) -> dict[st
     return {f"{BASE}{name}": placement.whole(value) for name, value in values.items()}
 
 
+def head_of_the_base(model: PreTrainedModel, attachment: Attachment) -> list[str]:
+    """Parameters that go into PEFT's file with the prefix, though they did not train and are the base's."""
+    own = attachment.head_values(model)
+    saved = (name.removeprefix(BASE) for name in _head(model, attachment, _task(model)))
+    return [name for name in saved if name not in own]
+
+
 def _flat(model: PreTrainedModel, attachment: Attachment) -> torch.Tensor:
     """The flat prefix in PEFT's slots, ``(P, num_layers × 2 × token_dim)``."""
     with torch.no_grad():
