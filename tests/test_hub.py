@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from hub_server import serving
-from huggingface_hub import ModelCard, constants, file_download
+from huggingface_hub import ModelCard, constants, file_download, hf_api
 from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel, Trainer, TrainingArguments
 
 import prefixkit
@@ -30,6 +30,8 @@ def online(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         # Before huggingface_hub 1 the module that downloads has its own copy.
         monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        # The functions of the package itself belong to a client that was made with it.
+        monkeypatch.setattr(hf_api.api, "endpoint", address)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

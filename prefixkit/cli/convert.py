@@ -49,7 +49,7 @@ def _check_target(options: argparse.Namespace) -> None:
     if options.fold and options.to != "prefixkit":
         raise CommandError(f"--fold goes with --to prefixkit; --to {options.to} folds by itself")
     taken = target.is_file() or (target.is_dir() and any(target.iterdir()))
-    if target.resolve().is_relative_to(Path(options.source).resolve()):
+    if target.is_file() and target.resolve().parent == Path(options.source).resolve():
         raise CommandError(f"{str(target)!r} is where the prefix comes from; name another place")
     if taken and not options.overwrite:
         raise CommandError(f"{str(target)!r} is there already; name another place, or pass --overwrite")
