@@ -97,11 +97,13 @@ def wheels(session: nox.Session) -> None:
         *map(str, sorted(Path("dist").glob("*.whl"))),
     )
     names = {path.name for path in target.iterdir() if not path.name.startswith("__")}
-    extra = {name for name in names if not name.startswith("prefixkit")}
+    extra = {name for name in names - {"bin"} if not name.startswith("prefixkit")}
     if extra:
         session.error(f"the wheels bring more than the packages: {sorted(extra)}")
     code = (
         "import prefixkit; assert 'installed' in prefixkit.__file__; "
         "print([plugin.distribution for plugin in prefixkit.plugins() if not plugin.error])"
     )
-    session.run("python", "-P", "-c", code, env={"PYTHONPATH": str(target.resolve())})
+    alone = {"PYTHONPATH": str(target.resolve())}
+    session.run("python", "-P", "-c", code, env=alone)
+    session.run("python", "-P", str(target / "bin" / "prefixkit"), "plugins", env=alone)
