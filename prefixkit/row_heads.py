@@ -30,9 +30,9 @@ def heads_of_rows(model: nn.Module, prefixes: Prefixes) -> Iterator[None]:
     """
     rows = prefixes.rows
     assert rows is not None
-    named = dict.fromkeys(name for one in rows.used(prefixes).values() for name in one.config.head)
-    if prefixes.attachment.config.head and not named:  # rows of prefixes without a head have the base's
-        named = dict.fromkeys(prefixes.attachment.config.head)
+    # The active one's too, which is in the model: rows of prefixes without that head have the base's.
+    owners = (prefixes.attachment, *rows.used(prefixes).values())
+    named = dict.fromkeys(name for one in owners for name in one.config.head)
     modules = dict(model.named_modules())
     _check_heads(model, prefixes, list(named))
     handles = []
@@ -58,10 +58,10 @@ def _check_heads(model: nn.Module, prefixes: Prefixes, paths: list[str]) -> None
             raise ConfigError(f"the head {path!r} is a list of modules, which is not called itself, and {NOT_BY_ROW}")
         if any(f"{site}.".startswith(f"{path}.") for site in sites):
             raise ConfigError(f"the head {path!r} contains attention that has a prefix, and {NOT_BY_ROW}")
-    for name, value in model.named_parameters(remove_duplicate=False):
-        if id(value) in own and not any(name.startswith(f"{path}.") for path in paths):
-            raise ConfigError(f"the head's weights are tied with {name!r}, and {NOT_BY_ROW}")
     every = [name for name, value in model.named_parameters(remove_duplicate=False) if id(value) in own]
+    for name in every:
+        if not any(name.startswith(f"{path}.") for path in paths):
+            raise ConfigError(f"the head's weights are tied with {name!r}, and {NOT_BY_ROW}")
     if len(every) > len(own):
         raise ConfigError(f"the weights of heads are tied with one another ({', '.join(every)}), and {NOT_BY_ROW}")
 

@@ -693,6 +693,23 @@ def whisper():
     return WhisperForAudioClassification(config).eval(), "input_features", (8, 16)
 
 
+@pytest.mark.parametrize("active", ["first", "second"])
+def test_heads_of_other_modules_in_rows(active):
+    """A row whose prefix does not have the active one's head has the base's there."""
+    model = classifier()
+    for name, head in (("first", "classifier"), ("second", "bert.pooler")):
+        strong(prefixkit.apply(model, num_virtual_tokens=3, name=name, init="random", head=[head]), name)
+        with torch.no_grad():
+            for value in model.get_submodule(head).parameters():
+                value.normal_(generator=torch.Generator().manual_seed(len(name)))
+    ids = tiny.tokens(3, 4)
+    for names in (["second", None, "second"], ["first", None, "first"], ["first", "second", None]):
+        expected = [alone(model, name, input_ids=ids[row : row + 1])[0] for row, name in enumerate(names)]
+        prefixkit.activate(model, active)
+        with prefixkit.rows(model, names):
+            torch.testing.assert_close(tiny.logits(model, input_ids=ids), torch.stack(expected))
+
+
 @pytest.mark.parametrize("make", [vit, whisper])
 def test_rows_of_pictures_and_of_sound(make):
     torch.manual_seed(0)
