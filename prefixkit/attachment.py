@@ -71,6 +71,13 @@ class Attachment:
         """Whether sites add to their attention's output, and nothing stands in front of their keys."""
         return self.config.gate or self.gives == MEMORY
 
+    @property
+    def beyond_keys_and_values(self) -> str:
+        """What keys and values in front do not say of it; empty for a plain prefix."""
+        if self.config.infix:
+            return "an infix"
+        return "a gate, or no keys and values" if self.adds else ""
+
     def flat_of(self, model: nn.Module) -> torch.Tensor:
         """:meth:`flat`, outside of a call."""
         module = model.get_submodule(next(stack.path for stack in self.stacks if stack.sites))

@@ -108,8 +108,8 @@ def _parts(model: PreTrainedModel, names: list[str]) -> list[Attachment]:
     if len(set(names)) < max(2, len(names)):
         raise ConfigError(f"{names} are not two prefixes or more, each once")
     for one in parts:
-        if one.adds or one.config.infix:
-            what = "an infix" if one.config.infix else "a gate, or no keys and values"
+        if one.beyond_keys_and_values:
+            what = one.beyond_keys_and_values
             raise ConfigError(f"prefix {one.config.name!r} has {what}; only plain keys and values can be combined")
         if one.gives == EMBEDDINGS:  # what the base makes of them may depend on the head that is in it
             raise ConfigError(f"prefix {one.config.name!r} has no keys and values yet; activate and fold it first")

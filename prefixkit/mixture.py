@@ -167,8 +167,8 @@ def check_mixable(used: Mapping[str, Attachment]) -> None:
     if not used:
         raise ConfigError("prefixkit.rows names no prefix at all; use prefixkit.disabled(model)")
     for name, one in used.items():
-        if one.adds or one.config.infix:
-            what = "an infix" if one.config.infix else "a gate, or no keys and values"
+        if one.beyond_keys_and_values:
+            what = one.beyond_keys_and_values
             raise ConfigError(f"prefix {name!r} has {what}; prefixkit.rows is for keys and values in front")
     windowed = any(site.window is not None for one in used.values() for site in one.layout.sites)
     for field_name in ("positions", "window") if windowed else ("positions",):

@@ -86,7 +86,7 @@ class Prefixes:
             ConfigError: If it cannot stand on one model with the others.
         """
         name = new.config.name
-        if hasattr(nn.ModuleDict, name) or hasattr(nn.ModuleDict(), name):
+        if hasattr(nn.ModuleDict(), name):
             raise ConfigError(f"name is {name!r}, which torch's modules have as an attribute; pass another name=")
         if name in self.attachments:
             raise AttachmentError(
