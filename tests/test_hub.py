@@ -12,6 +12,7 @@ import torch
 from hub_server import serving
 from huggingface_hub import ModelCard, constants, file_download, hf_api
 from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers.utils import hub as transformers_hub
 
 import prefixkit
 from prefixkit import CheckpointError, cli, hub
@@ -32,6 +33,8 @@ def online(tmp_path, monkeypatch):
         monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         # The functions of the package itself belong to a client that was made with it.
         monkeypatch.setattr(hf_api.api, "endpoint", address)
+        # transformers keeps a client from the first call on, whoever made it.
+        monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
