@@ -56,7 +56,7 @@ def train(model: Any, task: Task, run: Run) -> float:
             save_strategy="no",
             report_to=[],
             seed=run.seed,
-            bf16=task.bf16,
+            bf16=task.bf16 and knows_bfloat16(),
             use_cpu=not torch.cuda.is_available(),
             disable_tqdm=True,
             dataloader_pin_memory=False,
@@ -66,6 +66,12 @@ def train(model: Any, task: Task, run: Run) -> float:
         trainer = Trainer(model=model, args=settings, train_dataset=rows, data_collator=task.collate)
         trainer.train()
         return float([entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1])
+
+
+def knows_bfloat16() -> bool:
+    """Whether this machine multiplies bfloat16 itself."""
+    able = torch.cpu.get_capabilities()
+    return torch.cuda.is_available() or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 @torch.no_grad()
@@ -96,6 +102,7 @@ def carry_out(run: Run, arm: Arm) -> Entry:
         "train_loss": _finite(last),
         "other_loss": _finite(other),
         "trained_numbers": numbers,
+        "bf16": task.bf16 and knows_bfloat16(),
         "seconds": round(seconds, 1),
     }
 

@@ -48,7 +48,8 @@ class Task:
         score: Of a model, in percent; more is better.
         batch: Rows in a training step.
         other: Encoded rows of another task that the base knows, to see what it forgets.
-        bf16: Whether to train under autocast to bfloat16, which halves the time of a larger model.
+        bf16: Whether to train under autocast to bfloat16 where the processor has instructions for it: there that halves
+            the time of a larger model, and elsewhere it takes twenty times as long.
     """
 
     name: str
