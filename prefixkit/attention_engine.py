@@ -16,6 +16,7 @@ from torch import nn
 
 from prefixkit import placement, transformers_internals as internals
 from prefixkit.adapter import PositionIds, RelativeBias, Site, Stack
+from prefixkit.attention_in_parts import attend, can_serve, pays
 from prefixkit.call import StackCall
 from prefixkit.errors import EngineError
 from prefixkit.infix import place_infix
@@ -32,6 +33,7 @@ from prefixkit.prefix_state import (
     find_state,
     is_served,
     look_beside,
+    piece_of,
     put_before,
     put_beside,
     stands_in,
@@ -248,6 +250,7 @@ def stand_before_attention(homes: Iterable[str]) -> None:
 
 def make_attention(name: str, original: internals.AttentionFunction) -> internals.AttentionFunction:
     """The attention function that stands before ``original``, the implementation ``name``."""
+    is_torchs = internals.is_torchs_attention(original)
 
     def prefix_attention(
         module: nn.Module,
@@ -269,6 +272,12 @@ def make_attention(name: str, original: internals.AttentionFunction) -> internal
             output, weights = original(module, query, key, value, attention_mask, **kwargs)
             return output + state.addition.of(query, kwargs, site, module.training).transpose(1, 2), weights
         causal = attention_mask is None and _sdpa_would_be_causal(name, module, query.shape[2], kwargs)
+        parts = is_torchs and state.is_seen_by_all(site) and pays(state.tokens(site), query, key)
+        if parts and can_serve(query, key, value, attention_mask, kwargs):
+            piece = piece_of(module, site, state, key, value)
+            mask = None if attention_mask is None else state.additive(attention_mask, query.dtype)[..., : key.shape[2]]
+            output = attend(query, key, value, piece, mask, causal=causal, scale=kwargs.get("scaling"))
+            return output.transpose(1, 2).contiguous(), None
         attention_mask = _wider_mask(attention_mask, query, key, causal=causal, site=site, state=state)
         if attention_mask is not None and kwargs.get("is_causal"):
             kwargs["is_causal"] = False  # the mask says it; torch's own would stand at the upper left

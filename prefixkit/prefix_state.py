@@ -23,7 +23,15 @@ from torch import nn
 from prefixkit.adapter import Site
 from prefixkit.errors import EngineError
 from prefixkit.layout import KeyValue
-from prefixkit.widening import hide_columns, put_in_front, widen_bias, widen_block_mask, widen_mask
+from prefixkit.widening import (
+    additive,
+    as_in_call,
+    hide_columns,
+    put_in_front,
+    widen_bias,
+    widen_block_mask,
+    widen_mask,
+)
 
 if TYPE_CHECKING:
     from prefixkit.additions import Addition
@@ -86,15 +94,15 @@ class PrefixState:
     read: dict[str, KeyValue] | None = None
     places: frozenset[str] = frozenset()
     lengths: Mapping[str, tuple[int, ...]] | None = None
-    _causal: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-    _block_masks: list[tuple[Any, tuple[Any, ...], Any]] = field(default_factory=list)
+    _causal: dict[tuple[int, int, torch.device], torch.Tensor] = field(default_factory=dict)
+    _masks: list[tuple[Any, tuple[Any, ...], Any]] = field(default_factory=list)
 
     def causal_mask(self, queries: int, keys: int, device: torch.device) -> torch.Tensor:
         """``(1, 1, queries, keys)``, true where key ``k`` is at most ``q``; made once per call."""
-        if (queries, keys) not in self._causal:
-            full = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device)
-            self._causal[queries, keys] = full.tril()
-        return self._causal[queries, keys].to(device)
+        size = queries, keys, device
+        if size not in self._causal:
+            self._causal[size] = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device).tril()
+        return self._causal[size]
 
     def tokens(self, site: Site) -> int:
         """How many virtual tokens ``site`` has: the last ones of the prefix."""
@@ -105,17 +113,28 @@ class PrefixState:
         return self.read is not None or site.place in self.places
 
     def widened(self, mask: Any, site: Site, batch: int) -> Any:
-        """``mask`` with the prefix's columns in front; a block mask is widened once for sites that are alike."""
+        """``mask`` with the prefix's columns in front, made once for sites that are alike."""
         tokens = self.tokens(site)
-        if isinstance(mask, torch.Tensor):
-            return widen_mask(mask, self.seen(site), tokens)
+
+        def widen() -> Any:
+            if isinstance(mask, torch.Tensor):
+                return widen_mask(mask, self.seen(site), tokens)
+            return widen_block_mask(mask, self.seen(site), tokens, batch)
+
         kind = (site.window, tokens, None if self.lengths is None else self.lengths[site.place])
-        for real, of_kind, wider in self._block_masks:
+        return self._once(mask, kind, widen)
+
+    def additive(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """``mask`` as numbers to add to scores, made once for all sites; nothing is -inf."""
+        made: torch.Tensor = self._once(mask, (dtype,), lambda: additive(mask, dtype))
+        return made
+
+    def _once(self, mask: Any, kind: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        for real, of_kind, made in self._masks:
             if real is mask and of_kind == kind:
-                return wider
-        wider = widen_block_mask(mask, self.seen(site), tokens, batch)
-        self._block_masks.append((mask, kind, wider))
-        return wider
+                return made
+        self._masks.append((mask, kind, make()))
+        return self._masks[-1][2]
 
     def bias_of(self, site: Site) -> torch.Tensor | None:
         """The bias of the columns of ``site``; ``None`` stands for zeros."""
@@ -128,6 +147,11 @@ class PrefixState:
         check_heads(site, key, value)
         if self.read is not None:
             self.read.setdefault(site.place, KeyValue(key[0], value[0]))
+
+    def is_seen_by_all(self, site: Site) -> bool:
+        """Whether every query of every row sees all virtual tokens."""
+        slides = self.slide and site.window is not None and self.query_positions is not None
+        return self.behind is None and self.lengths is None and not slides
 
     def seen(self, site: Site) -> torch.Tensor | None:
         """Which queries see which virtual tokens, ``(batch or 1, 1, queries or 1, P)``; ``None``: all do."""
@@ -359,10 +383,16 @@ def put_before(
     module: nn.Module, site: Site, state: PrefixState, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``key`` and ``value`` with the site's prefix in front."""
+    piece = piece_of(module, site, state, key, value)
+    return put_in_front(piece.key, key), put_in_front(piece.value, value)
+
+
+def piece_of(module: nn.Module, site: Site, state: PrefixState, key: torch.Tensor, value: torch.Tensor) -> KeyValue:
+    """The site's K and V as they stand in front of ``key`` and ``value``: of their dtype, with the prefix's dropout."""
     check_heads(site, key, value)
     dropout = state.dropout if module.training else 0.0
     piece = state.pieces[site.place]
-    return put_in_front(piece.key, key, dropout), put_in_front(piece.value, value, dropout)
+    return KeyValue(as_in_call(piece.key, key, dropout), as_in_call(piece.value, value, dropout))
 
 
 def check_heads(site: Site, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -19,6 +19,7 @@ import torch
 import transformers
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache, StaticLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
@@ -109,6 +110,11 @@ def _standing_before(
     made = wraps(function)(make(name, function))
     setattr(made, STANDS_BEFORE, True)
     return made
+
+
+def is_torchs_attention(function: AttentionFunction) -> bool:
+    """Whether ``function`` is transformers' way to torch's ``scaled_dot_product_attention``, and nobody else's."""
+    return function is sdpa_attention_forward
 
 
 def homes_of(module: nn.Module) -> list[str]:

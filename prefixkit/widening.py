@@ -80,9 +80,23 @@ def hide_columns(bias: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     return torch.cat([front, bias[..., columns:]], dim=-1)
 
 
-def put_in_front(prefix: torch.Tensor, own: torch.Tensor, dropout: float) -> torch.Tensor:
-    """``prefix (kv_heads, P, dim)``, or one for each row, in front of ``own (batch, kv_heads, keys, dim)``."""
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``mask``, boolean or additive, as numbers to add to scores.
+
+    What is hidden gets the least number of ``dtype``: of a row of -inf torch's flash kernel says a log-sum-exp of 0.
+    """
+    least = torch.finfo(dtype).min
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, least)
+    return mask.to(dtype).clamp(min=least)
+
+
+def as_in_call(prefix: torch.Tensor, own: torch.Tensor, dropout: float) -> torch.Tensor:
+    """``prefix`` where ``own`` is and of its dtype, with a share of its numbers dropped."""
     prefix = prefix.to(device=own.device, dtype=own.dtype)
-    if dropout:
-        prefix = functional.dropout(prefix, dropout)
+    return functional.dropout(prefix, dropout) if dropout else prefix
+
+
+def put_in_front(prefix: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """``prefix (kv_heads, P, dim)``, or one for each row, in front of ``own (batch, kv_heads, keys, dim)``."""
     return torch.cat([prefix.expand(own.shape[0], -1, -1, -1), own], dim=2)

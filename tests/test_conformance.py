@@ -9,6 +9,7 @@ import prefixkit_bart
 import prefixkit_llama
 import prefixkit_t5
 import pytest
+import test_prefixkit_bart
 import test_prefixkit_legacy
 import test_prefixkit_t5
 import tiny
@@ -18,6 +19,7 @@ from changed_adapters import with_site_forward
 from test_prefixkit_bart import BESIDE, COMPILED
 from versions import within
 
+from prefixkit import attention_in_parts
 from prefixkit.testing import Conformance, Deviation
 
 ON_INTERFACE_BERT = not within("4", "5.0")
@@ -161,6 +163,35 @@ class TestT5Beside(Conformance):
 
     def make_model(self):
         return test_prefixkit_t5.TestT5.make_model(self)
+
+
+@pytest.fixture
+def in_parts(monkeypatch):
+    """Attention in two parts, however small they are."""
+    monkeypatch.setattr(attention_in_parts, "MANY_TOKENS", 0)
+    monkeypatch.setattr(attention_in_parts, "MANY_BYTES", 0)
+
+
+@pytest.mark.usefixtures("in_parts")
+class TestLlamaInParts(LlamaLike):
+    """Attention to the prefix apart from attention to each row's own keys, with heads that share keys."""
+
+    adapter = next(prefixkit_llama.prefixkit_adapters())
+
+    def make_model(self):
+        return tiny.MAKERS["llama"]()
+
+
+@pytest.mark.rare
+@pytest.mark.usefixtures("in_parts")
+class TestBartInParts(Conformance):
+    """The same in an encoder, a decoder and cross-attention."""
+
+    adapter = next(prefixkit_bart.prefixkit_adapters())
+    deviations = test_prefixkit_bart.TestBART.deviations
+
+    def make_model(self):
+        return test_prefixkit_bart.TestBART.make_model(self)
 
 
 @pytest.mark.rare
