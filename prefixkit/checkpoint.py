@@ -17,7 +17,7 @@ from prefixkit.assembly import build, check_model
 from prefixkit.attachment import Attachment
 from prefixkit.errors import CheckpointError, ConfigError, MethodError, closest
 from prefixkit.formats import detection, peft_export
-from prefixkit.head import choose_head
+from prefixkit.head import choose_head, tied_with
 from prefixkit.lifecycle import changing
 from prefixkit.method import Method
 from prefixkit.prefix_config import PrefixConfig
@@ -124,6 +124,7 @@ def load(
         config = stored.config if name is None else replace(stored.config, name=name)
         _check_kind(config, model, method, folder)
         attachment = _build(model, config, adapter, method, folder)
+        _check_tied(config, model, folder)
         _check_sites(config.sites, attachment.layout.sites, folder)
         _check_shapes(stored.shapes(), attachment, model, folder)
         _fill(attachment, stored.tensors())
@@ -155,6 +156,17 @@ def _build(
         raise CheckpointError(
             f"the prefix in {str(folder)!r} does not fit this {type(model).__name__}: {error}"
         ) from error
+
+
+def _check_tied(config: PrefixConfig, model: PreTrainedModel, folder: Path) -> None:
+    """What trained as one weight is one here too, and what trained apart is apart."""
+    here = tied_with(model, config.head)
+    if config.head_tied is not None and set(config.head_tied) != set(here):
+        saved, now = (", ".join(names) or "nothing" for names in (config.head_tied, here))
+        raise CheckpointError(
+            f"the head {', '.join(config.head)} of the prefix in {str(folder)!r} was tied with {saved} when it "
+            f"trained, and is tied with {now} in this model; make the model with the same tie_word_embeddings"
+        )
 
 
 def _check_sites(saved: tuple[Site, ...], here: tuple[Site, ...], folder: Path) -> None:

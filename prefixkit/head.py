@@ -64,6 +64,17 @@ def head_parameters(model: nn.Module, head: Iterable[str]) -> dict[str, nn.Param
     return {name: parameter for name, parameter in named if first[id(parameter)] == name}
 
 
+def tied_with(model: nn.Module, head: Iterable[str]) -> tuple[str, ...]:
+    """Parameters of the rest of the model that are one with parameters of the head, by name."""
+    own = head_parameters(model, head)
+    shared = {id(parameter) for parameter in own.values()}
+    return tuple(
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if id(parameter) in shared and name not in own
+    )
+
+
 def _automatic(model: PreTrainedModel, stacks: Iterable[Stack]) -> tuple[str, ...]:
     classes = [cls.__name__ for cls in type(model).__mro__]
     if not any(name.endswith(TASKS_WITH_NEW_HEAD) for name in classes):

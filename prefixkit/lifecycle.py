@@ -18,7 +18,7 @@ from prefixkit.attachment import MODULE
 from prefixkit.discovery import installed
 from prefixkit.errors import AttachmentError, ConfigError, EngineError
 from prefixkit.frozen import add_frozen
-from prefixkit.head import choose_head
+from prefixkit.head import choose_head, tied_with
 from prefixkit.initialisation import Init, initialise
 from prefixkit.instance_calls import start_answering, stop_answering
 from prefixkit.layout import Layout
@@ -129,7 +129,8 @@ def apply(
     )
     with changing(model) as prefixes:
         attachment = build(model, config, adapter, chosen)
-        attachment.config = replace(attachment.config, head=choose_head(model, head, attachment.stacks))
+        modules = choose_head(model, head, attachment.stacks)
+        attachment.config = replace(attachment.config, head=modules, head_tied=tied_with(model, modules))
         initialise(model, attachment, init)
         prefixes.add(attachment)
     return model

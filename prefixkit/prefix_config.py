@@ -34,6 +34,7 @@ class PrefixConfig:
         sites: Where it stands.
         layer_tokens: Layers with fewer virtual tokens, and how many: the last ones.
         head: Modules of the base that train, and are saved, with it.
+        head_tied: Parameters of the base that are one with the head's, and so were trained too; ``None``: not known.
         gate: Whether it has a softmax of its own and a gate, which was shut at the start.
         infix: Whether it stands between a text and its continuation.
         num_frozen_tokens: How many of its first virtual tokens do not train.
@@ -54,6 +55,7 @@ class PrefixConfig:
     base_model_name_or_path: str = ""
     sites: tuple[Site, ...] = ()
     head: tuple[str, ...] = ()
+    head_tied: tuple[str, ...] | None = None
     gate: bool = False
     infix: bool = False
     num_frozen_tokens: int = 0
@@ -70,6 +72,7 @@ class PrefixConfig:
             _of_kind(field, getattr(self, field), kind)
         _all_of_kind("layers", self.layers or (), int)
         _all_of_kind("head", self.head, str)
+        _all_of_kind("head_tied", self.head_tied or (), str)
         _check_lengths(self.num_virtual_tokens, self.num_frozen_tokens, self.layer_tokens)
         _one_of("positions", self.positions, POSITIONS)
         _one_of("window", self.window, WINDOWS)
@@ -115,6 +118,7 @@ class PrefixConfig:
                     "layers": _tuple(data.get("layers")),
                     "layer_tokens": tuple(map(tuple, data.get("layer_tokens", ()))),
                     "head": tuple(data.get("head", ())),
+                    "head_tied": _tuple(data.get("head_tied")),
                 }
             )
         except (TypeError, KeyError, AttributeError, PluginError) as error:

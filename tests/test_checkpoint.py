@@ -319,3 +319,25 @@ def test_any_wrong_field_is_a_clear_error(tmp_path_factory, changes):
 def test_options_and_sizes_that_no_model_has(changes, tmp_path):
     write_changed(tmp_path, changes)
     refused(tmp_path, "the prefix in .* does not fit this GPT2LMHeadModel: (?s:.*)")
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_head_that_is_tied_in_one_model_and_not_in_the_other(trained, tmp_path):
+    """The embeddings would stay the base's, or change with the head: other numbers, without a word."""
+
+    def model(tied):
+        return tiny.MAKERS["gpt2"](tie_word_embeddings=tied)
+
+    saved = prefixkit.apply(model(trained), num_virtual_tokens=2, head=["lm_head"])
+    prefixkit.save(saved, tmp_path)
+    other = model(not trained)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(
+        CheckpointError,
+        match=r"^the head lm_head of the prefix in .* was tied with .* when it trained, and is tied with .* in this "
+        r"model; make the model with the same tie_word_embeddings$",
+    ):
+        prefixkit.load(other, tmp_path)
+    assert before.keys() == other.state_dict().keys()
+    same = prefixkit.load(model(trained), tmp_path)
+    assert prefixkit.config(same).head_tied == (("transformer.wte.weight",) if trained else ())
