@@ -25,8 +25,12 @@ from prefixkit.prefix_config import PrefixConfig
 
 CONFIG_FILE = "prefix_config.json"
 TENSOR_FILE = "prefix.safetensors"
+ADAPTER_FILE = "adapter_config.json"
+"""By which a folder of PEFT or AdapterHub is known."""
 HEADER = "prefixkit"
 FORMAT = 1
+SHOWN = 3
+"""How many of many sub-folders a message names."""
 
 
 def write(directory: Path, config: PrefixConfig, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -99,7 +103,7 @@ def read_config(directory: Path) -> PrefixConfig:
     """
     path = directory / TENSOR_FILE
     if not path.is_file():
-        raise CheckpointError(f"no {TENSOR_FILE} in {str(directory)!r}{_what_else(directory)}")
+        raise no_checkpoint(directory)
     header = _parse(_header(path), f"the header of {path}")
     beside = directory / CONFIG_FILE
     if beside.is_file():
@@ -173,8 +177,20 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     return document
 
 
-def _what_else(directory: Path) -> str:
-    return "; nor anything of another library that prefixkit reads" if directory.is_dir() else ": it is no folder"
+def no_checkpoint(directory: Path) -> CheckpointError:
+    """An error, to be raised: nothing here can be read."""
+    missing = f"no {TENSOR_FILE} in {str(directory)!r}"
+    if not directory.is_dir():
+        return CheckpointError(f"{missing}: it is no folder")
+    inside = _checkpoints_inside(directory)
+    shown = ", ".join(map(repr, inside[:SHOWN])) + (f" and {len(inside) - SHOWN} more" if len(inside) > SHOWN else "")
+    hint = f"; its sub-folders hold checkpoints ({shown}): pass the path of one" if inside else ""
+    return CheckpointError(f"{missing}; nor anything of another library that prefixkit reads{hint}")
+
+
+def _checkpoints_inside(directory: Path) -> list[str]:
+    """Sub-folders in which ``Trainer`` left a checkpoint, or PEFT an adapter that has a name."""
+    return sorted({file.parent.name for name in (TENSOR_FILE, ADAPTER_FILE) for file in directory.glob(f"*/{name}")})
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -340,6 +342,7 @@ def test_errors_are_one_message(text, tmp_path, refused):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "gz.jsonl.gz").write_bytes(b"no gzip")
     (tmp_path / "file").write_text("x")
+    saved_prefix(nameless := tmp_path / "nameless", tiny.make("gpt2"))
     for arguments, message in [
         (["trian"], r"argument command: invalid choice: 'trian' .*; `prefixkit --help` shows what is possible"),
         ([], r"the following arguments are required: command; .*"),
@@ -373,7 +376,8 @@ def test_errors_are_one_message(text, tmp_path, refused):
         (["generate", tmp_path], "pass either texts or --input with a file of JSON lines"),
         (["generate", tmp_path, "x", "--score"], "--score needs --input, a file that has references"),
         (["convert", tmp_path / "none", out, "--to", "kv"], "there is nothing at '.*none', and that is no name .*"),
-        (["convert", tmp_path, out, "--to", "kv"], "the prefix in '.*' does not say what its base is; pass --base"),
+        (["convert", tmp_path, out, "--to", "kv"], "no prefix.safetensors in '.*'; nor anything of another library .*"),
+        (["convert", nameless, out, "--to", "kv"], "the prefix in '.*' does not say what its base is; pass --base"),
         (["convert", tmp_path, out, "--to", "peft", "--positions", "none"], "--positions goes with --to kv; .*"),
     ]:
         assert re.fullmatch(message, refused(*arguments)), arguments
@@ -441,11 +445,76 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path, refused, monkeypatc
     assert not (tmp_path / "ran").exists()
 
 
-def test_inspect_takes_the_folder_and_not_a_file_in_it(tmp_path, refused):
-    prefixkit.save(prefixkit.apply(tiny.make("gpt2"), num_virtual_tokens=3), tmp_path)
-    assert f"pass the folder that it stands in, {str(tmp_path)!r}" in refused(
-        "inspect", tmp_path / "prefix_config.json"
+@pytest.fixture
+def peft_folder(tmp_path):
+    """A prefix in PEFT's files, with its base beside it."""
+    saved_model(tmp_path / "base")
+    model = prefixkit.apply(GPT2LMHeadModel.from_pretrained(tmp_path / "base"), num_virtual_tokens=3)
+    prefixkit.save(model, tmp_path / "peft", format="peft")
+    return tmp_path / "peft"
+
+
+def test_a_checkpoint_is_its_folder_and_not_a_file_in_it(peft_folder, tmp_path, refused):
+    """Beside the file may stand another checkpoint, which would be loaded for it."""
+    saved_prefix(tmp_path / "own", tiny.make("gpt2"))
+    own = [tmp_path / "own/prefix_config.json", tmp_path / "own/prefix.safetensors"]
+    for file in (*own, peft_folder / "adapter_model.safetensors", peft_folder / "adapter_config.json"):
+        says = f"{str(file)!r} is one file of a checkpoint; pass the folder that it stands in, {str(file.parent)!r}"
+        for command in (["inspect", file], ["generate", file, "x"], ["convert", file, tmp_path / "to", "--to", "peft"]):
+            assert refused(*command) == says
+        with pytest.raises(prefixkit.CheckpointError, match=f"^{re.escape(says)}$"):
+            prefixkit.load(tiny.make("gpt2"), file)
+
+
+def test_named_adapters_of_peft_stand_in_sub_folders(peft_folder, tmp_path, refused):
+    """PEFT saves an adapter that is not called "default" in a folder of its name."""
+    for name in ("one", "two"):
+        shutil.copytree(peft_folder, tmp_path / "named" / name)
+    (tmp_path / "named/logs").mkdir()
+    says = "its sub-folders hold checkpoints ('one', 'two'): pass the path of one"
+    named = tmp_path / "named"
+    for command in (["inspect", named], ["generate", named, "x"], ["convert", named, tmp_path / "to", "--to", "kv"]):
+        assert refused(*command).endswith(says)
+    for number in range(4):
+        shutil.copytree(peft_folder, tmp_path / "named" / f"a{number}")
+    with pytest.raises(prefixkit.CheckpointError, match=r"\('a0', 'a1', 'a2' and 3 more\): pass the path of one$"):
+        prefixkit.load(tiny.make("gpt2"), named)
+
+
+def test_inspect_knows_a_prefix_of_another_library(peft_folder, tmp_path, refused):
+    torch.save({"trainable_keys": []}, tmp_path / "my cartridge.pt")
+    for place in (peft_folder, tmp_path / "my cartridge.pt"):
+        says = f"`prefixkit convert {shlex.quote(str(place))} DST --to prefixkit` makes one of it that can be shown"
+        assert refused("inspect", place).endswith(says)
+
+
+def test_a_renamed_file_of_prefixkit_is_known(tmp_path, refused):
+    saved_prefix(tmp_path / "own", tiny.make("gpt2"))
+    saved_model(tmp_path / "base")
+    (tmp_path / "own/prefix.safetensors").rename(tmp_path / "mine.safetensors")
+    message = refused(
+        "convert", tmp_path / "mine.safetensors", tmp_path / "to", "--to", "peft", "--base", tmp_path / "base"
     )
+    assert message.endswith(
+        "prefixkit wrote mine.safetensors, and reads the folder of a checkpoint, with prefix.safetensors"
+    )
+
+
+def test_a_revision_is_of_the_hub(tmp_path, refused):
+    saved_prefix(tmp_path / "own", tiny.make("gpt2"))
+    saved_model(tmp_path / "base")
+    own = tmp_path / "own"
+    for command in (["inspect", own], ["generate", own, "x"], ["convert", own, tmp_path / "to", "--to", "peft"]):
+        says = f"--revision is of a repository on the hub, and {str(own)!r} is here; leave it out"
+        assert refused(*command, "--revision", "v2") == says
+    assert refused("inspect", tmp_path / "base", "--revision", "v2").startswith("--revision is of a repository")
+
+
+def test_damaged_json_of_another_library_is_one_message(tmp_path, refused):
+    """Lists too deep for Python's parser end in an error of another kind."""
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    for command in (["generate", tmp_path, "x"], ["convert", tmp_path, tmp_path / "to", "--to", "peft"]):
+        assert refused(*command).endswith("does not say what its base is; pass --base")
 
 
 @pytest.mark.parametrize(
@@ -484,3 +553,101 @@ def test_json_lines_may_hold_other_line_ends(tmp_path):
     path.write_text("[" * 100_000)
     with pytest.raises(prefixkit.PrefixkitError, match="line 1 of .* is not valid JSON"):
         text_to_text.rows(path)
+
+
+@pytest.mark.parametrize("place", ["file/out", "file/deep/out", "link", "link/out"])
+def test_where_nothing_can_be_written_is_found_before_the_work(place, text, tmp_path, refused):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "file/gone")
+    out, nowhere = tmp_path / place, text / "no-model"
+    for command, name in [
+        (["train", nowhere, "--train", text / "pairs.jsonl", "--output", out, "--overwrite"], "--output"),
+        (["generate", nowhere, "x", "--output", out, "--overwrite"], "--output"),
+        (["convert", nowhere, out, "--to", "peft", "--overwrite"], "DST"),
+        (["convert", nowhere, out, "--to", "kv", "--overwrite"], "DST"),
+    ]:
+        first = str(tmp_path / place.split("/")[0])
+        why = "a link that leads nowhere" if place == "link" else f"and {first!r} is no folder"
+        assert refused(*command) == f"{name} is {str(out)!r}, {why}; name another place"
+
+
+def test_where_nobody_may_write(text, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("prefixkit.cli.output.os.access", lambda folder, _: folder != tmp_path)
+    message = refused("generate", text / "no-prefix", "x", "--output", tmp_path / "a/b.jsonl")
+    assert message.endswith(f"and {str(tmp_path)!r} may not be written to; name another place")
+
+
+def test_a_folder_is_no_file_and_a_file_no_folder(text, tmp_path, refused):
+    (tmp_path / "file").write_text("x")
+    nowhere = text / "no-prefix"
+    for command, says in [
+        (["generate", nowhere, "x", "--output", tmp_path], f"--output is {str(tmp_path)!r}, which is a folder; .*"),
+        (["convert", nowhere, tmp_path, "--to", "kv"], f"DST is {str(tmp_path)!r}, which is a folder; name a file"),
+        (["convert", nowhere, tmp_path / "file", "--to", "peft"], "DST is '.*', which is a file; name a folder"),
+        (["convert", nowhere, os.devnull, "--to", "kv"], "DST is '.*', which is no plain file; name another place"),
+    ]:
+        assert re.fullmatch(says, refused(*command, "--overwrite"))
+
+
+def test_what_is_there_stays_unless_asked(text, tmp_path, run, refused):
+    prefix, pairs, answers = tmp_path / "prefix", text / "pairs.jsonl", tmp_path / "answers.jsonl"
+    saved_prefix(prefix, GPT2LMHeadModel.from_pretrained(text / "gpt2"))
+    answers.write_text("mine")
+    for command, place in [
+        (["train", text / "gpt2", "--train", pairs, "--epochs", 1, "--output", prefix], prefix),
+        (["generate", prefix, "what is 1", "--max-new-tokens", 2, "--output", answers], answers),
+    ]:
+        file = place if place.is_file() else place / "prefix.safetensors"
+        before = file.read_bytes()
+        assert refused(*command) == f"{str(place)!r} is there already; name another place, or pass --overwrite"
+        assert file.read_bytes() == before
+        run(*command, "--overwrite")
+        assert file.read_bytes() != before
+    assert json.loads(answers.read_text())["source"] == "what is 1"
+    run("generate", prefix, "what is 1", "--max-new-tokens", 2, "--output", os.devnull)  # which nobody replaces
+
+
+def test_nothing_is_written_over_what_is_read(text, tmp_path, refused, monkeypatch):
+    saved_prefix(tmp_path / "prefix", GPT2LMHeadModel.from_pretrained(text / "gpt2"))
+    shutil.copy(text / "pairs.jsonl", tmp_path / "pairs.jsonl")
+    shutil.copytree(text / "gpt2", tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "prefix")
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for command, place, what in [
+        (["generate", "prefix", "--input", "pairs.jsonl", "--output", "./pairs.jsonl"], "pairs.jsonl", "--input"),
+        (["generate", "prefix", "x", "--output", "link/prefix.safetensors"], "link/prefix.safetensors", "the prefix"),
+        (["train", "model", "--train", "pairs.jsonl", "--output", tmp_path / "model"], tmp_path / "model", "the model"),
+    ]:
+        says = f"{str(place)!r} is where {what} comes from; name another place"
+        assert refused(*command, "--overwrite") == says
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("spelling", ["peft", "peft/", "./peft", "base/../peft", "link", "{whole}"])
+def test_convert_leaves_its_source_alone(spelling, peft_folder, refused, monkeypatch):
+    """With both checkpoints in one folder, whoever loads it gets the new one, also where the old one is meant."""
+    monkeypatch.chdir(peft_folder.parent)
+    (peft_folder.parent / "link").symlink_to(peft_folder)
+    target = spelling.format(whole=peft_folder)
+    message = refused("convert", "peft", target, "--to", "prefixkit", "--overwrite")
+    assert message == f"{str(Path(target))!r} is where the prefix comes from; name another place"
+    assert sorted(path.name for path in peft_folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_convert_leaves_a_source_alone_that_is_one_file(tmp_path, refused):
+    torch.save({"trainable_keys": []}, tmp_path / "cartridge.pt")
+    message = refused(*["convert", *[tmp_path / "cartridge.pt"] * 2, "--to", "kv", "--overwrite"])
+    assert message.endswith("is where the prefix comes from; name another place")
+
+
+def test_no_prefix_is_written_beside_another_librarys(peft_folder, text, tmp_path, refused):
+    saved_prefix(tmp_path / "own", tiny.make("gpt2"))
+    for command, name in [
+        (["convert", tmp_path / "own", peft_folder, "--to", "prefixkit"], "DST"),
+        (["train", text / "gpt2", "--train", text / "pairs.jsonl", "--output", peft_folder], "--output"),
+    ]:
+        assert refused(*command, "--overwrite") == (
+            f"{name} is {str(peft_folder)!r}, which holds an adapter of another library (adapter_config.json); "
+            "name another folder"
+        )

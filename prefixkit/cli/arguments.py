@@ -101,7 +101,7 @@ def _convert(commands: Commands) -> None:
     _add_task(made)
     made.add_argument("--positions", help="with --to kv: shift or none (the prefix's own)")
     made.add_argument("--fold", action="store_true", help="with --to prefixkit: leave out an MLP, which only trains")
-    made.add_argument("--overwrite", action="store_true", help="replace what is there")
+    _add_overwrite(made)
     made.add_argument("--revision", help="branch, tag or commit of SRC on the hub")
 
 
@@ -117,6 +117,7 @@ def _train(commands: Commands) -> None:
     made.add_argument("--train", type=Path, required=True, metavar="FILE", help="JSON lines, plain or .gz")
     made.add_argument("--test", type=Path, metavar="FILE", help="JSON lines to score before and after")
     made.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to save the prefix to")
+    _add_overwrite(made)
     _add_fields(made)
     _add_prefix(made)
     made.add_argument("--epochs", type=_above_zero, default=2.0, help="(2)")
@@ -141,6 +142,7 @@ def _generate(commands: Commands) -> None:
     made.add_argument("--input", type=Path, metavar="FILE", help="JSON lines with sources, plain or .gz")
     made.add_argument("--score", action="store_true", help="BLEU against the target field of --input")
     made.add_argument("--output", type=Path, metavar="FILE", help="write JSON lines there, not to the terminal")
+    _add_overwrite(made)
     _add_fields(made)
     made.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="(64)")
     made.add_argument("--batch-size", type=_count, default=64, help="(64)")
@@ -167,6 +169,10 @@ def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**32:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number between 0 and 2**32 - 1")
     return int(text)
+
+
+def _add_overwrite(made: Parser) -> None:
+    made.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
 def _add_fields(made: Parser) -> None:

@@ -11,7 +11,7 @@ from transformers import set_seed
 
 from prefixkit.checkpoint import save
 from prefixkit.cli.bases import having
-from prefixkit.cli.wrong import CommandError
+from prefixkit.cli.output import check_own_folder, refuse_source
 from prefixkit.lifecycle import apply
 from prefixkit.text_to_text import (
     Example,
@@ -34,8 +34,8 @@ SHOWN = 3
 
 def run(options: argparse.Namespace) -> None:
     """Train, save, and score if there is something to score with."""
-    if options.output.is_file():
-        raise CommandError(f"--output is {str(options.output)!r}, which is a file; name a folder")
+    refuse_source(options.output, Path(options.model), "the model")
+    check_own_folder(options.output, "--output", overwrite=options.overwrite)
     fields = options.source_field, options.target_field
     pairs = read(options.train, *fields)[: options.max_train]
     tests = group(read(options.test, *fields))[: options.max_test] if options.test else []
