@@ -651,3 +651,14 @@ def test_no_prefix_is_written_beside_another_librarys(peft_folder, text, tmp_pat
             f"{name} is {str(peft_folder)!r}, which holds an adapter of another library (adapter_config.json); "
             "name another folder"
         )
+
+
+@pytest.mark.parametrize(
+    "given", [["--task", "body"], ["-P", 20], ["--num-labels", 2], ["--positions", "shift"], ["--stacks", "decoder"]]
+)
+def test_inspect_drops_no_option(given, tmp_path, refused):
+    """A saved prefix has its own, also where the option says what is the default for a model."""
+    saved_prefix(tmp_path, tiny.make("gpt2"))
+    assert refused("inspect", tmp_path, *given) == (
+        f"{given[0]} is of a model, and {str(tmp_path)!r} is a saved prefix; leave it out, or name a model"
+    )

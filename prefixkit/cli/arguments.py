@@ -27,6 +27,17 @@ class Parser(argparse.ArgumentParser):
         raise CommandError(f"{message}; `{self.prog} --help` shows what is possible")
 
 
+class OfAModel(argparse.Action):
+    """Stores a value, and the option itself among those that say nothing of a saved prefix."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None
+    ) -> None:
+        """Called for each option that is there."""
+        setattr(namespace, self.dest, values)
+        namespace.of_a_model = (*namespace.of_a_model, option)
+
+
 def parser() -> Parser:
     """The parser of the command with all its subcommands."""
     top = Parser(prog="prefixkit", description="Prefix tuning and p-tuning v2 for transformers models.")
@@ -39,6 +50,8 @@ def parser() -> Parser:
 
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+Arguments: TypeAlias = "Parser | argparse._ArgumentGroup"
+Action: TypeAlias = str | type[argparse.Action]
 
 
 def _command(commands: Commands, name: str, text: str, example: str) -> Parser:
@@ -71,13 +84,17 @@ def _inspect(commands: Commands) -> None:
         "  prefixkit inspect path/or/name --num-virtual-tokens 20\n  prefixkit inspect runs/my-prefix",
     )
     made.add_argument("place", metavar="MODEL or PREFIX", help=f"{MODEL}; or a saved prefix, here or on the hub")
-    _add_task(made)
-    _add_prefix(made)
-    made.add_argument("--positions", default="shift", help="shift or none (shift)")
-    made.add_argument("--window", default="pinned", help="pinned or slide (pinned)")
-    made.add_argument("--engine", default="auto", help="auto, attention or cache (auto)")
-    made.add_argument("--stacks", nargs="+", metavar="STACK", help="encoder, decoder, cross (all there are)")
     made.add_argument("--revision", help="branch, tag or commit on the hub")
+    made.set_defaults(of_a_model=())
+    group = made.add_argument_group("of a MODEL; a saved prefix has its own")
+    _add_task(group, OfAModel)
+    _add_prefix(group, OfAModel)
+    group.add_argument("--positions", action=OfAModel, default="shift", help="shift or none (shift)")
+    group.add_argument("--window", action=OfAModel, default="pinned", help="pinned or slide (pinned)")
+    group.add_argument("--engine", action=OfAModel, default="auto", help="auto, attention or cache (auto)")
+    group.add_argument(
+        "--stacks", action=OfAModel, nargs="+", metavar="STACK", help="encoder, decoder, cross (all there are)"
+    )
 
 
 def _convert(commands: Commands) -> None:
@@ -180,10 +197,15 @@ def _add_fields(made: Parser) -> None:
     made.add_argument("--target-field", default="target", metavar="NAME", help="(target)")
 
 
-def _add_prefix(made: Parser) -> None:
-    made.add_argument("--method", default="p-tuning-v2", help="an installed method (p-tuning-v2)")
+def _add_prefix(made: Arguments, action: Action = "store") -> None:
+    made.add_argument("--method", action=action, default="p-tuning-v2", help="an installed method (p-tuning-v2)")
     made.add_argument(
-        "-P", "--num-virtual-tokens", type=_count, default=20, metavar="P", help="length of the prefix (20)"
+        *("-P", "--num-virtual-tokens"),
+        action=action,
+        type=_count,
+        default=20,
+        metavar="P",
+        help="length of the prefix (20)",
     )
 
 
@@ -191,6 +213,8 @@ def _add_base(made: Parser) -> None:
     made.add_argument("--base", metavar="MODEL", help=f"{MODEL} (the one that the prefix names)")
 
 
-def _add_task(made: Parser) -> None:
-    made.add_argument("--task", help=TASKS)
-    made.add_argument("--num-labels", type=_count, metavar="N", help="outputs of a classifier (what the config says)")
+def _add_task(made: Arguments, action: Action = "store") -> None:
+    made.add_argument("--task", action=action, help=TASKS)
+    made.add_argument(
+        "--num-labels", action=action, type=_count, metavar="N", help="outputs of a classifier (what the config says)"
+    )

@@ -40,8 +40,13 @@ def run(options: argparse.Namespace) -> None:
     folder = _prefix(options.place, options.revision)
     if folder is None:
         _show_model(options)
-    else:
-        _show_prefix(folder)
+        return
+    if options.of_a_model:
+        raise CommandError(
+            f"{', '.join(options.of_a_model)} is of a model, and {options.place!r} is a saved prefix; leave it out, or "
+            "name a model"
+        )
+    _show_prefix(folder)
 
 
 def _prefix(place: str, revision: str | None) -> Path | None:
