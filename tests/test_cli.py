@@ -19,6 +19,9 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForSequenceClassification,
@@ -662,3 +665,39 @@ def test_inspect_drops_no_option(given, tmp_path, refused):
     assert refused("inspect", tmp_path, *given) == (
         f"{given[0]} is of a model, and {str(tmp_path)!r} is a saved prefix; leave it out, or name a model"
     )
+
+
+def classifier_prefix(folder, labels=5):
+    """A prefix with a head, as prefixkit and as PEFT write it, with the body alone and a smaller head for bases."""
+    torch.manual_seed(0)
+    for name, kind, size in (("body", BertModel, 2), ("base", BertForSequenceClassification, 2)):
+        kind(BertConfig(**tiny.BERT, num_labels=size)).save_pretrained(folder / name)
+    model = BertForSequenceClassification(BertConfig(**tiny.BERT, num_labels=labels))
+    prefixkit.apply(model, num_virtual_tokens=3)
+    prefixkit.save(model, folder / "own")
+    prefixkit.save(model, folder / "peft", format="peft")
+
+
+def test_an_error_about_a_head_says_what_to_pass(tmp_path, run, refused):
+    classifier_prefix(tmp_path)
+    hint = "; pass the --task that the prefix was trained for, and with a classifier its --num-labels"
+    for source, more in [
+        ("own", ["--base", tmp_path / "body"]),
+        ("own", ["--base", tmp_path / "base"]),
+        ("peft", ["--base", tmp_path / "base"]),
+        ("peft", ["--base", tmp_path / "body", "--task", "body"]),
+    ]:
+        message = refused("convert", tmp_path / source, tmp_path / "to", "--to", "prefixkit", *more)
+        assert "classifier" in message
+        assert message.endswith(hint)
+    whole = ["--task", "sequence-classification", "--num-labels", 5, "--base", tmp_path / "body"]
+    run("convert", tmp_path / "own", tmp_path / "to", "--to", "prefixkit", *whole)
+
+
+def test_generate_says_that_a_head_is_of_another_task(text, tmp_path, refused):
+    config = GPT2Config.from_pretrained(text / "gpt2", num_labels=3, pad_token_id=0)
+    model = prefixkit.apply(GPT2ForSequenceClassification(config), num_virtual_tokens=3)
+    prefixkit.save(model, tmp_path / "prefix")
+    message = refused("generate", tmp_path / "prefix", "x", "--base", text / "gpt2")
+    assert "head names 'score'" in message
+    assert message.endswith("; generate serves language models, and this prefix was trained for another task")

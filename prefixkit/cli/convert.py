@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from prefixkit.checkpoint import load, save
 from prefixkit.cli.bases import base_config, with_weights, without_weights
 from prefixkit.cli.output import check_file, check_folder, check_own_folder, refuse_source
-from prefixkit.cli.saved import base_of, saved_prefix, task_of
+from prefixkit.cli.saved import base_of, head_hint, saved_prefix, task_of
 from prefixkit.cli.wrong import CommandError
 from prefixkit.exporting import export
 from prefixkit.formats.peft_export import head_of_the_base
@@ -56,7 +56,9 @@ def _with_prefix(source: Path, options: argparse.Namespace) -> PreTrainedModel:
     """A model with the prefix: without weights, but where the base has to read the prefix."""
     base, task = base_of(source, options.base), task_of(source, options.task)
     settings = base_config(base, num_labels=options.num_labels)
-    model = load(without_weights(settings, task), source)
+    model = without_weights(settings, task)
+    with head_hint("pass the --task that the prefix was trained for, and with a classifier its --num-labels"):
+        load(model, source)
     attachment = require(model).attachment
     reads = attachment.gives == EMBEDDINGS and (options.to != "prefixkit" or options.fold)
     of_the_base = head_of_the_base(model, attachment) if options.to == "peft" else []

@@ -10,7 +10,7 @@ from pathlib import Path
 from prefixkit.checkpoint import load
 from prefixkit.cli.bases import having
 from prefixkit.cli.output import check_file, is_stream, refuse_source
-from prefixkit.cli.saved import base_of, saved_prefix
+from prefixkit.cli.saved import base_of, head_hint, saved_prefix
 from prefixkit.cli.wrong import CommandError
 from prefixkit.text_to_text import Example, bleu, generate, group, load_base, read, scorer, texts
 
@@ -22,7 +22,8 @@ def run(options: argparse.Namespace) -> None:
     prefix = saved_prefix(options.prefix, options.revision)
     base = base_of(prefix, options.base)
     model, tokenizer = having(base, lambda: load_base(base))
-    load(model, prefix)
+    with head_hint("generate serves language models, and this prefix was trained for another task"):
+        load(model, prefix)
     sources = [example.source for example in examples]
     sentences = generate(
         model,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prefixkit import checkpoint_files, hub
 from prefixkit.checkpoint_files import ADAPTER_FILE
 from prefixkit.cli.wrong import CommandError
-from prefixkit.errors import CheckpointError
+from prefixkit.errors import CheckpointError, HeadError
 from prefixkit.formats import detection
 
 PEFT_TASKS = {
@@ -72,6 +74,15 @@ def base_of(folder: Path, asked: str | None) -> str:
 def task_of(folder: Path, asked: str | None) -> str | None:
     """The task that was asked for, or else the one that PEFT has noted."""
     return asked or PEFT_TASKS.get(str(_adapter(folder).get("task_type")))
+
+
+@contextmanager
+def head_hint(what_to_do: str) -> Iterator[None]:
+    """Add to an error about the prefix's head what to do on the command line."""
+    try:
+        yield
+    except HeadError as error:
+        raise CommandError(f"{error}; {what_to_do}") from error
 
 
 def _adapter(folder: Path) -> dict[str, Any]:
