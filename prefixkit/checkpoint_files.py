@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 
 from prefixkit.errors import CheckpointError, ConfigError
+from prefixkit.json_object import json_object
 from prefixkit.prefix_config import PrefixConfig
 
 CONFIG_FILE = "prefix_config.json"
@@ -104,7 +105,7 @@ def read_config(directory: Path) -> PrefixConfig:
     path = directory / TENSOR_FILE
     if not path.is_file():
         raise no_checkpoint(directory)
-    header = _parse(_header(path), f"the header of {path}")
+    header = json_object(_header(path), f"the header of {path}", CheckpointError)
     beside = directory / CONFIG_FILE
     if beside.is_file():
         document = read_json(beside)
@@ -128,7 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If it holds something else.
     """
-    return _parse(path.read_text(encoding="utf-8", errors="replace"), str(path))
+    return json_object(path.read_text(encoding="utf-8", errors="replace"), str(path), CheckpointError)
 
 
 def read_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
@@ -164,17 +165,6 @@ def _open(path: Path) -> Any:
         return safetensors.safe_open(path, framework="pt")
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        document = json.loads(text)
-    # Of numbers too long and lists too deep Python says so in other ways.
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{where} is not a JSON object")
-    return document
 
 
 def no_checkpoint(directory: Path) -> CheckpointError:

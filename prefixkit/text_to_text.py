@@ -6,7 +6,6 @@ The command line and ``examples/table_to_text.py`` are thin layers over this mod
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from transformers import (
 )
 
 from prefixkit.errors import DataError, closest
+from prefixkit.json_object import json_object
 from prefixkit.learning_rate import check_lr, recommended_lr
 from prefixkit.lifecycle import config as config_of
 
@@ -76,21 +76,14 @@ def rows(path: Path) -> list[dict[str, Any]]:
         lines = content.decode("utf-8-sig").split("\n")  # a string may hold other line ends
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {str(path)!r}: {error}; it has to be a file of JSON lines") from error
-    found = [_row(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    found = [
+        json_object(line, f"line {number} of {str(path)!r}", DataError)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
     if not found:
         raise DataError(f"{str(path)!r} has no lines; each has to be a JSON object")
     return found
-
-
-def _row(line: str, path: Path, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    # Of numbers too long and lists too deep Python says so in other ways.
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"line {number} of {str(path)!r} is not valid JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise DataError(f"line {number} of {str(path)!r} is no JSON object: {line[:60]}")
-    return row
 
 
 def texts(path: Path, field: str) -> list[str]:

@@ -342,6 +342,7 @@ def test_errors_are_one_message(text, tmp_path, refused):
     train = ["train", text / "gpt2", "--output", out, "--train"]
     (tmp_path / "bad.jsonl").write_text('{"source": "a", "traget": "b"}\n')
     (tmp_path / "worse.jsonl").write_text("{\n")
+    (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "gz.jsonl.gz").write_bytes(b"no gzip")
     (tmp_path / "file").write_text("x")
@@ -372,6 +373,7 @@ def test_errors_are_one_message(text, tmp_path, refused):
             r"object 1 of '.*' has no text in a field 'target' \(did you.*",
         ),
         ([*train, tmp_path / "worse.jsonl"], "line 1 of '.*worse.jsonl' is not valid JSON: .*"),
+        ([*train, tmp_path / "list.jsonl"], r"line 1 of '.*list.jsonl' is not a JSON object: '\[1\]'"),
         ([*train, tmp_path / "empty.jsonl"], "'.*empty.jsonl' has no lines; each has to be a JSON object"),
         ([*train, tmp_path / "gz.jsonl.gz"], "cannot read '.*gz.jsonl.gz': .*; it has to be a file of JSON lines"),
         ([*train[:3], tmp_path / "file", "--train", pairs], "--output is '.*file', which is a file; name a folder"),
