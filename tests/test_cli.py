@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
     GPT2Config,
@@ -703,3 +705,104 @@ def test_generate_says_that_a_head_is_of_another_task(text, tmp_path, refused):
     message = refused("generate", tmp_path / "prefix", "x", "--base", text / "gpt2")
     assert "head names 'score'" in message
     assert message.endswith("; generate serves language models, and this prefix was trained for another task")
+
+
+def test_what_nobody_has_foreseen_is_one_message_too(text, tmp_path, refused):
+    """Of torch: token ids past the embeddings, and a prefix that no memory holds."""
+    saved_model(tmp_path)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path)
+    train = ["train", tmp_path, "--train", text / "pairs.jsonl", "--output", tmp_path / "to"]
+    assert refused("inspect", tmp_path, "-P", 10**12).startswith("RuntimeError: ")
+    with pytest.raises(IndexError):
+        cli.main([*map(str, train), "--debug"])
+    assert cli.main([*map(str, train)]) == 1
+    assert not (tmp_path / "to").exists()
+
+
+def test_damaged_weights_are_one_message(text, tmp_path, refused):
+    shutil.copytree(text / "gpt2", tmp_path / "model")
+    (tmp_path / "model/model.safetensors").write_bytes(b"x" * 100)
+    message = refused("train", tmp_path / "model", "--train", text / "pairs.jsonl", "--output", tmp_path / "to")
+    assert message.startswith(f"cannot load a model from {str(tmp_path / 'model')!r}: ")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bart"])
+def test_a_base_without_a_tokenizer_is_refused(name, text, tmp_path, refused):
+    """From a config alone transformers makes up a tokenizer without words, and every text would be empty."""
+    saved_model(tmp_path / name)
+    message = refused("train", tmp_path / name, "--train", text / "pairs.jsonl", "--output", tmp_path / "to")
+    # Some versions of transformers make none up.
+    own = f"{str(tmp_path / name)!r} has no tokenizer; write the base's own there, with tokenizer.save_pretrained"
+    assert message == own or message.startswith("cannot load a model from ")
+
+
+def test_a_tokenizer_that_ends_no_text_is_refused(text, tmp_path, refused):
+    shutil.copytree(text / "gpt2", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    message = refused("train", tmp_path / "model", "--train", text / "pairs.jsonl", "--output", tmp_path / "to")
+    assert message.endswith("has no eos_token, with which a text ends; give it one and save it there")
+
+
+def test_an_encoder_writes_no_text(text, tmp_path, refused):
+    """As a language model it would see the words that it is to write, and learn nothing."""
+    BertForMaskedLM(BertConfig(**tiny.BERT)).save_pretrained(tmp_path)
+    message = refused("train", tmp_path, "--train", text / "pairs.jsonl", "--output", tmp_path / "to")
+    assert message == (
+        f"{str(tmp_path)!r} is an encoder (bert), which writes no text; name a decoder or an encoder-decoder"
+    )
+
+
+def test_a_prefix_that_is_no_number_is_not_saved(text, tmp_path, capsys, monkeypatch):
+    def diverge(model, *_):
+        with torch.no_grad():
+            next(model.prefixkit.parameters()).fill_(float("nan"))
+
+    monkeypatch.setattr("prefixkit.cli.train.train", diverge)
+    arguments = ["train", text / "gpt2", "--train", text / "pairs.jsonl", "--output", tmp_path / "to"]
+    assert cli.main([str(argument) for argument in arguments]) == 1
+    assert "numbers that are not finite, so the prefix is not saved" in capsys.readouterr().err
+    assert not (tmp_path / "to").exists()
+
+
+def test_an_unknown_method_is_found_before_the_work(text, tmp_path, refused):
+    nowhere = ["train", text / "no-model", "--train", text / "pairs.jsonl", "--output", tmp_path / "to"]
+    assert refused(*nowhere, "--method", "p-tuning").startswith("no method 'p-tuning' (did you mean ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", ""],
+        ["generate", "", "x"],
+        ["generate", "p", "x", "--output", ""],
+        ["convert", "p", "", "--to", "kv"],
+    ],
+)
+def test_an_empty_place_is_not_the_folder_one_is_in(arguments, refused):
+    """It is what a variable of the shell gives that was never set."""
+    assert "is empty; name a place" in refused(*arguments)
+
+
+def test_what_the_terminal_cannot_show_is_printed_as_its_code(monkeypatch):
+    info = prefixkit.PluginInfo(module="mod", entry_points=("mine",), distribution="\u4e2d", version="3", error="x")
+    monkeypatch.setattr("prefixkit.cli.plugins.plugins", lambda: [info])
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["prefixkit", "plugins"])
+    assert cli.main() == 0
+    out.flush()
+    assert b"\\u4e2d" in out.buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", ["with a space", "ünïcødé", "-"])
+def test_folders_of_any_name(name, text, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved_prefix(Path(name), GPT2LMHeadModel.from_pretrained(text / "gpt2"))
+    assert facts(run("inspect", name))["virtual tokens"] == "4"
+    assert (
+        run("generate", name, "what is 1", "--max-new-tokens", 2, "--output", f"of {name}.jsonl")
+        == f"wrote 1 lines to of {name}.jsonl\n"
+    )
+    run("convert", name, f"{name} of PEFT", "--to", "peft")

@@ -83,7 +83,9 @@ def _inspect(commands: Commands) -> None:
         "show where a prefix goes in a model, or what a saved prefix is; no weights are read",
         "  prefixkit inspect path/or/name --num-virtual-tokens 20\n  prefixkit inspect runs/my-prefix",
     )
-    made.add_argument("place", metavar="MODEL or PREFIX", help=f"{MODEL}; or a saved prefix, here or on the hub")
+    made.add_argument(
+        "place", type=_place, metavar="MODEL or PREFIX", help=f"{MODEL}; or a saved prefix, here or on the hub"
+    )
     made.add_argument("--revision", help="branch, tag or commit on the hub")
     made.set_defaults(of_a_model=())
     group = made.add_argument_group("of a MODEL; a saved prefix has its own")
@@ -106,8 +108,10 @@ def _convert(commands: Commands) -> None:
         "  prefixkit convert my-prefix peft-folder --to peft\n"
         "  prefixkit convert user/my-prefix prefix.safetensors --to kv --base path/or/name",
     )
-    made.add_argument("source", metavar="SRC", help="what prefixkit.load reads: a folder, a file, a name on the hub")
-    made.add_argument("target", metavar="DST", type=Path, help="folder to write; with --to kv, the file")
+    made.add_argument(
+        "source", type=_place, metavar="SRC", help="what prefixkit.load reads: a folder, a file, a name on the hub"
+    )
+    made.add_argument("target", metavar="DST", type=_path, help="folder to write; with --to kv, the file")
     made.add_argument(
         "--to",
         choices=TARGETS,
@@ -130,10 +134,10 @@ def _train(commands: Commands) -> None:
         "  prefixkit train path/or/name --train pairs.jsonl --test test.jsonl \\\n"
         "      --source-field question --target-field answer --output runs/my-prefix",
     )
-    made.add_argument("model", metavar="MODEL", help=MODEL)
-    made.add_argument("--train", type=Path, required=True, metavar="FILE", help="JSON lines, plain or .gz")
-    made.add_argument("--test", type=Path, metavar="FILE", help="JSON lines to score before and after")
-    made.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to save the prefix to")
+    made.add_argument("model", type=_place, metavar="MODEL", help=MODEL)
+    made.add_argument("--train", type=_path, required=True, metavar="FILE", help="JSON lines, plain or .gz")
+    made.add_argument("--test", type=_path, metavar="FILE", help="JSON lines to score before and after")
+    made.add_argument("--output", type=_path, required=True, metavar="DIR", help="folder to save the prefix to")
     _add_overwrite(made)
     _add_fields(made)
     _add_prefix(made)
@@ -153,17 +157,29 @@ def _generate(commands: Commands) -> None:
         "  prefixkit generate runs/my-prefix 'name : Zizzi | food : Chinese'\n"
         "  prefixkit generate user/my-prefix --input test.jsonl --source-field question --output answers.jsonl",
     )
-    made.add_argument("prefix", metavar="PREFIX", help="a saved prefix: a folder, or a name on the hub")
+    made.add_argument("prefix", type=_place, metavar="PREFIX", help="a saved prefix: a folder, or a name on the hub")
     made.add_argument("texts", metavar="TEXT", nargs="*", help="sources")
     _add_base(made)
-    made.add_argument("--input", type=Path, metavar="FILE", help="JSON lines with sources, plain or .gz")
+    made.add_argument("--input", type=_path, metavar="FILE", help="JSON lines with sources, plain or .gz")
     made.add_argument("--score", action="store_true", help="BLEU against the target field of --input")
-    made.add_argument("--output", type=Path, metavar="FILE", help="write JSON lines there, not to the terminal")
+    made.add_argument("--output", type=_path, metavar="FILE", help="write JSON lines there, not to the terminal")
     _add_overwrite(made)
     _add_fields(made)
     made.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="(64)")
     made.add_argument("--batch-size", type=_count, default=64, help="(64)")
     made.add_argument("--revision", help="branch, tag or commit of PREFIX on the hub")
+
+
+def _place(text: str) -> str:
+    """A path or a name, which nobody means to be empty: that would be the folder one is in."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a place")
+    return text
+
+
+def _path(text: str) -> Path:
+    """A path."""
+    return Path(_place(text))
 
 
 def _count(text: str) -> int:
@@ -210,7 +226,7 @@ def _add_prefix(made: Arguments, action: Action = "store") -> None:
 
 
 def _add_base(made: Parser) -> None:
-    made.add_argument("--base", metavar="MODEL", help=f"{MODEL} (the one that the prefix names)")
+    made.add_argument("--base", type=_place, metavar="MODEL", help=f"{MODEL} (the one that the prefix names)")
 
 
 def _add_task(made: Arguments, action: Action = "store") -> None:
