@@ -15,7 +15,7 @@ from prefixkit import checkpoint_files, hub
 from prefixkit.adapter import Adapter, Site
 from prefixkit.assembly import build, check_model
 from prefixkit.attachment import Attachment
-from prefixkit.errors import CheckpointError, ConfigError, MethodError, closest
+from prefixkit.errors import CheckpointError, ConfigError, HeadError, MethodError, closest
 from prefixkit.formats import detection, peft_export
 from prefixkit.head import choose_head, tied_with
 from prefixkit.lifecycle import changing
@@ -148,14 +148,16 @@ def _check_kind(config: PrefixConfig, model: PreTrainedModel, method: Method | N
 def _build(
     model: PreTrainedModel, config: PrefixConfig, adapter: Adapter | None, method: Method | None, folder: Path
 ) -> Attachment:
+    unfit = f"the prefix in {str(folder)!r} does not fit this {type(model).__name__}"
     try:
         choose_head(model, list(config.head), ())
+    except ConfigError as error:
+        raise HeadError(f"{unfit}: {error}") from error
+    try:
         return build(model, config, adapter, method)
     # A RuntimeError is what torch raises for a size that no memory holds.
     except (ConfigError, MethodError, RuntimeError) as error:
-        raise CheckpointError(
-            f"the prefix in {str(folder)!r} does not fit this {type(model).__name__}: {error}"
-        ) from error
+        raise CheckpointError(f"{unfit}: {error}") from error
 
 
 def _check_tied(config: PrefixConfig, model: PreTrainedModel, folder: Path) -> None:
@@ -184,7 +186,8 @@ def _check_shapes(
     expected = {name: tuple(value.shape) for name, value in attachment.tensors(model).items()}
     for name in sorted(saved.keys() | expected.keys()):
         if saved.get(name) != expected.get(name):
-            raise CheckpointError(
+            kind = HeadError if name.startswith("head.") else CheckpointError
+            raise kind(
                 f"tensor {name!r} in {str(folder)!r} is {saved.get(name, 'missing')}; "
                 f"this model needs {expected.get(name, 'no such tensor')}"
             )

@@ -21,12 +21,17 @@ import safetensors.torch
 import torch
 
 from prefixkit.errors import CheckpointError, ConfigError
+from prefixkit.json_object import json_object
 from prefixkit.prefix_config import PrefixConfig
 
 CONFIG_FILE = "prefix_config.json"
 TENSOR_FILE = "prefix.safetensors"
+ADAPTER_FILE = "adapter_config.json"
+"""By which a folder of PEFT or AdapterHub is known."""
 HEADER = "prefixkit"
 FORMAT = 1
+SHOWN = 3
+"""How many of many sub-folders a message names."""
 
 
 def write(directory: Path, config: PrefixConfig, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -99,8 +104,8 @@ def read_config(directory: Path) -> PrefixConfig:
     """
     path = directory / TENSOR_FILE
     if not path.is_file():
-        raise CheckpointError(f"no {TENSOR_FILE} in {str(directory)!r}{_what_else(directory)}")
-    header = _parse(_header(path), f"the header of {path}")
+        raise no_checkpoint(directory)
+    header = json_object(_header(path), f"the header of {path}", CheckpointError)
     beside = directory / CONFIG_FILE
     if beside.is_file():
         document = read_json(beside)
@@ -124,7 +129,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If it holds something else.
     """
-    return _parse(path.read_text(encoding="utf-8", errors="replace"), str(path))
+    return json_object(path.read_text(encoding="utf-8", errors="replace"), str(path), CheckpointError)
 
 
 def read_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
@@ -162,19 +167,20 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
 
 
-def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        document = json.loads(text)
-    # Of numbers too long and lists too deep Python says so in other ways.
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not valid JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{where} is not a JSON object")
-    return document
+def no_checkpoint(directory: Path) -> CheckpointError:
+    """An error, to be raised: nothing here can be read."""
+    missing = f"no {TENSOR_FILE} in {str(directory)!r}"
+    if not directory.is_dir():
+        return CheckpointError(f"{missing}: it is no folder")
+    inside = _checkpoints_inside(directory)
+    shown = ", ".join(map(repr, inside[:SHOWN])) + (f" and {len(inside) - SHOWN} more" if len(inside) > SHOWN else "")
+    hint = f"; its sub-folders hold checkpoints ({shown}): pass the path of one" if inside else ""
+    return CheckpointError(f"{missing}; nor anything of another library that prefixkit reads{hint}")
 
 
-def _what_else(directory: Path) -> str:
-    return "; nor anything of another library that prefixkit reads" if directory.is_dir() else ": it is no folder"
+def _checkpoints_inside(directory: Path) -> list[str]:
+    """Sub-folders in which ``Trainer`` left a checkpoint, or PEFT an adapter that has a name."""
+    return sorted({file.parent.name for name in (TENSOR_FILE, ADAPTER_FILE) for file in directory.glob(f"*/{name}")})
 
 
 def _replace(path: Path, content: bytes) -> None:

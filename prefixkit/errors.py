@@ -49,6 +49,10 @@ class CheckpointError(PrefixkitError):
     """A checkpoint is missing, damaged, or belongs to something else."""
 
 
+class HeadError(CheckpointError):
+    """A checkpoint has a head that the model lacks, or has otherwise; the command line adds what to pass."""
+
+
 class DataError(PrefixkitError):
     """A file of examples is missing or damaged, or lacks a field."""
 

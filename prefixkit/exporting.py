@@ -90,9 +90,9 @@ def _check(attachment: Attachment, path: Path, positions: str, dtype: torch.dtyp
         raise ConfigError(f"dtype is {dtype}; keys and values are floating numbers")
     if path.is_dir():
         raise CheckpointError(f"cannot export to {str(path)!r}: it is a folder; name a file")
-    if attachment.adds or attachment.config.infix:
-        what = "where an infix stands" if attachment.config.infix else "a gate or a prefix memory"
-        raise EngineError(f"an export holds keys and values only, and these do not say {what}; use prefixkit.save")
+    if attachment.beyond_keys_and_values:
+        what = attachment.beyond_keys_and_values
+        raise EngineError(f"an export holds keys and values only, and this prefix has {what}; use prefixkit.save")
     names = [_name(site) for site in attachment.layout.sites]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

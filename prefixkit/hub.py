@@ -46,10 +46,10 @@ def local_copy(place: str | os.PathLike[str], *, revision: str | None = None, to
     """The path itself if it is there, or no repository's name; else the folder that the repository is copied to.
 
     Raises:
-        CheckpointError: If the repository cannot be had, or holds no prefix.
+        CheckpointError: If the repository cannot be had, or holds no prefix, or the path is one file of a checkpoint.
     """
     if os.path.exists(place) or not is_repo_id(place):  # noqa: PTH110 - a path that was given stays as it is
-        return Path(place)
+        return _whole(Path(place))
     from huggingface_hub import snapshot_download
 
     repo_id = str(place)
@@ -68,6 +68,15 @@ def local_copy(place: str | os.PathLike[str], *, revision: str | None = None, to
             "with prefixkit.push_to_hub, or check the name and revision="
         )
     return Path(copy)
+
+
+def _whole(path: Path) -> Path:
+    """Refuse a part: beside it may stand another checkpoint, which would be loaded for the one that was named."""
+    if path.name in (*PREFIX_FILES, *ADAPTER_FILES) and path.is_file():
+        raise CheckpointError(
+            f"{str(path)!r} is one file of a checkpoint; pass the folder that it stands in, {str(path.parent)!r}"
+        )
+    return path
 
 
 def client(token: Token = None) -> HfApi:

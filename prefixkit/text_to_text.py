@@ -6,7 +6,6 @@ The command line and ``examples/table_to_text.py`` are thin layers over this mod
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,18 +15,21 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
 )
 
-from prefixkit.errors import DataError, closest
+from prefixkit.errors import DataError, UnsupportedModelError, closest
+from prefixkit.json_object import json_object
 from prefixkit.learning_rate import check_lr, recommended_lr
 from prefixkit.lifecycle import config as config_of
 
@@ -76,21 +78,14 @@ def rows(path: Path) -> list[dict[str, Any]]:
         lines = content.decode("utf-8-sig").split("\n")  # a string may hold other line ends
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {str(path)!r}: {error}; it has to be a file of JSON lines") from error
-    found = [_row(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
+    found = [
+        json_object(line, f"line {number} of {str(path)!r}", DataError)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
     if not found:
         raise DataError(f"{str(path)!r} has no lines; each has to be a JSON object")
     return found
-
-
-def _row(line: str, path: Path, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    # Of numbers too long and lists too deep Python says so in other ways.
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"line {number} of {str(path)!r} is not valid JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise DataError(f"line {number} of {str(path)!r} is no JSON object: {line[:60]}")
-    return row
 
 
 def texts(path: Path, field: str) -> list[str]:
@@ -128,15 +123,42 @@ def group(pairs: Sequence[Pair]) -> list[Example]:
 
 
 def load_base(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in float32, and its tokenizer ready to pad."""
+    """The model in float32, and its tokenizer ready to pad.
+
+    Raises:
+        UnsupportedModelError: If it is an encoder, or has no tokenizer that can be used.
+    """
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    _check_writes(config, name)
     kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    _check_tokenizer(tokenizer, name)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if not config.is_encoder_decoder:
         tokenizer.padding_side = "left"
     return kind.from_pretrained(name, dtype=torch.float32, trust_remote_code=False), tokenizer
+
+
+def _check_writes(config: PretrainedConfig, name: str) -> None:
+    """Refuse an encoder, which transformers runs as a language model that sees the words it is to write."""
+    encodes = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not config.is_encoder_decoder
+    if encodes and not getattr(config, "is_decoder", False):
+        raise UnsupportedModelError(
+            f"{name!r} is an encoder ({config.model_type}), which writes no text; name a decoder or an encoder-decoder"
+        )
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    if len(words) < 2:  # what transformers makes up where there are no files; some have the space
+        raise UnsupportedModelError(
+            f"{name!r} has no tokenizer; write the base's own there, with tokenizer.save_pretrained"
+        )
+    if tokenizer.eos_token is None:
+        raise UnsupportedModelError(
+            f"the tokenizer of {name!r} has no eos_token, with which a text ends; give it one and save it there"
+        )
 
 
 def encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, seq2seq: bool) -> dict[str, list[int]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +19,11 @@ from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForSequenceClassification,
@@ -337,9 +344,11 @@ def test_errors_are_one_message(text, tmp_path, refused):
     train = ["train", text / "gpt2", "--output", out, "--train"]
     (tmp_path / "bad.jsonl").write_text('{"source": "a", "traget": "b"}\n')
     (tmp_path / "worse.jsonl").write_text("{\n")
+    (tmp_path / "list.jsonl").write_text("[1]\n")
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "gz.jsonl.gz").write_bytes(b"no gzip")
     (tmp_path / "file").write_text("x")
+    saved_prefix(nameless := tmp_path / "nameless", tiny.make("gpt2"))
     for arguments, message in [
         (["trian"], r"argument command: invalid choice: 'trian' .*; `prefixkit --help` shows what is possible"),
         ([], r"the following arguments are required: command; .*"),
@@ -366,6 +375,7 @@ def test_errors_are_one_message(text, tmp_path, refused):
             r"object 1 of '.*' has no text in a field 'target' \(did you.*",
         ),
         ([*train, tmp_path / "worse.jsonl"], "line 1 of '.*worse.jsonl' is not valid JSON: .*"),
+        ([*train, tmp_path / "list.jsonl"], r"line 1 of '.*list.jsonl' is not a JSON object: '\[1\]'"),
         ([*train, tmp_path / "empty.jsonl"], "'.*empty.jsonl' has no lines; each has to be a JSON object"),
         ([*train, tmp_path / "gz.jsonl.gz"], "cannot read '.*gz.jsonl.gz': .*; it has to be a file of JSON lines"),
         ([*train[:3], tmp_path / "file", "--train", pairs], "--output is '.*file', which is a file; name a folder"),
@@ -373,7 +383,8 @@ def test_errors_are_one_message(text, tmp_path, refused):
         (["generate", tmp_path], "pass either texts or --input with a file of JSON lines"),
         (["generate", tmp_path, "x", "--score"], "--score needs --input, a file that has references"),
         (["convert", tmp_path / "none", out, "--to", "kv"], "there is nothing at '.*none', and that is no name .*"),
-        (["convert", tmp_path, out, "--to", "kv"], "the prefix in '.*' does not say what its base is; pass --base"),
+        (["convert", tmp_path, out, "--to", "kv"], "no prefix.safetensors in '.*'; nor anything of another library .*"),
+        (["convert", nameless, out, "--to", "kv"], "the prefix in '.*' does not say what its base is; pass --base"),
         (["convert", tmp_path, out, "--to", "peft", "--positions", "none"], "--positions goes with --to kv; .*"),
     ]:
         assert re.fullmatch(message, refused(*arguments)), arguments
@@ -441,11 +452,76 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path, refused, monkeypatc
     assert not (tmp_path / "ran").exists()
 
 
-def test_inspect_takes_the_folder_and_not_a_file_in_it(tmp_path, refused):
-    prefixkit.save(prefixkit.apply(tiny.make("gpt2"), num_virtual_tokens=3), tmp_path)
-    assert f"pass the folder that it stands in, {str(tmp_path)!r}" in refused(
-        "inspect", tmp_path / "prefix_config.json"
+@pytest.fixture
+def peft_folder(tmp_path):
+    """A prefix in PEFT's files, with its base beside it."""
+    saved_model(tmp_path / "base")
+    model = prefixkit.apply(GPT2LMHeadModel.from_pretrained(tmp_path / "base"), num_virtual_tokens=3)
+    prefixkit.save(model, tmp_path / "peft", format="peft")
+    return tmp_path / "peft"
+
+
+def test_a_checkpoint_is_its_folder_and_not_a_file_in_it(peft_folder, tmp_path, refused):
+    """Beside the file may stand another checkpoint, which would be loaded for it."""
+    saved_prefix(tmp_path / "own", tiny.make("gpt2"))
+    own = [tmp_path / "own/prefix_config.json", tmp_path / "own/prefix.safetensors"]
+    for file in (*own, peft_folder / "adapter_model.safetensors", peft_folder / "adapter_config.json"):
+        says = f"{str(file)!r} is one file of a checkpoint; pass the folder that it stands in, {str(file.parent)!r}"
+        for command in (["inspect", file], ["generate", file, "x"], ["convert", file, tmp_path / "to", "--to", "peft"]):
+            assert refused(*command) == says
+        with pytest.raises(prefixkit.CheckpointError, match=f"^{re.escape(says)}$"):
+            prefixkit.load(tiny.make("gpt2"), file)
+
+
+def test_named_adapters_of_peft_stand_in_sub_folders(peft_folder, tmp_path, refused):
+    """PEFT saves an adapter that is not called "default" in a folder of its name."""
+    for name in ("one", "two"):
+        shutil.copytree(peft_folder, tmp_path / "named" / name)
+    (tmp_path / "named/logs").mkdir()
+    says = "its sub-folders hold checkpoints ('one', 'two'): pass the path of one"
+    named = tmp_path / "named"
+    for command in (["inspect", named], ["generate", named, "x"], ["convert", named, tmp_path / "to", "--to", "kv"]):
+        assert refused(*command).endswith(says)
+    for number in range(4):
+        shutil.copytree(peft_folder, tmp_path / "named" / f"a{number}")
+    with pytest.raises(prefixkit.CheckpointError, match=r"\('a0', 'a1', 'a2' and 3 more\): pass the path of one$"):
+        prefixkit.load(tiny.make("gpt2"), named)
+
+
+def test_inspect_knows_a_prefix_of_another_library(peft_folder, tmp_path, refused):
+    torch.save({"trainable_keys": []}, tmp_path / "my cartridge.pt")
+    for place in (peft_folder, tmp_path / "my cartridge.pt"):
+        says = f"`prefixkit convert {shlex.quote(str(place))} DST --to prefixkit` makes one of it that can be shown"
+        assert refused("inspect", place).endswith(says)
+
+
+def test_a_renamed_file_of_prefixkit_is_known(tmp_path, refused):
+    saved_prefix(tmp_path / "own", tiny.make("gpt2"))
+    saved_model(tmp_path / "base")
+    (tmp_path / "own/prefix.safetensors").rename(tmp_path / "mine.safetensors")
+    message = refused(
+        "convert", tmp_path / "mine.safetensors", tmp_path / "to", "--to", "peft", "--base", tmp_path / "base"
     )
+    assert message.endswith(
+        "prefixkit wrote mine.safetensors, and reads the folder of a checkpoint, with prefix.safetensors"
+    )
+
+
+def test_a_revision_is_of_the_hub(tmp_path, refused):
+    saved_prefix(tmp_path / "own", tiny.make("gpt2"))
+    saved_model(tmp_path / "base")
+    own = tmp_path / "own"
+    for command in (["inspect", own], ["generate", own, "x"], ["convert", own, tmp_path / "to", "--to", "peft"]):
+        says = f"--revision is of a repository on the hub, and {str(own)!r} is here; leave it out"
+        assert refused(*command, "--revision", "v2") == says
+    assert refused("inspect", tmp_path / "base", "--revision", "v2").startswith("--revision is of a repository")
+
+
+def test_damaged_json_of_another_library_is_one_message(tmp_path, refused):
+    """Lists too deep for Python's parser end in an error of another kind."""
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    for command in (["generate", tmp_path, "x"], ["convert", tmp_path, tmp_path / "to", "--to", "peft"]):
+        assert refused(*command).endswith("does not say what its base is; pass --base")
 
 
 @pytest.mark.parametrize(
@@ -484,3 +560,249 @@ def test_json_lines_may_hold_other_line_ends(tmp_path):
     path.write_text("[" * 100_000)
     with pytest.raises(prefixkit.PrefixkitError, match="line 1 of .* is not valid JSON"):
         text_to_text.rows(path)
+
+
+@pytest.mark.parametrize("place", ["file/out", "file/deep/out", "link", "link/out"])
+def test_where_nothing_can_be_written_is_found_before_the_work(place, text, tmp_path, refused):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "file/gone")
+    out, nowhere = tmp_path / place, text / "no-model"
+    for command, name in [
+        (["train", nowhere, "--train", text / "pairs.jsonl", "--output", out, "--overwrite"], "--output"),
+        (["generate", nowhere, "x", "--output", out, "--overwrite"], "--output"),
+        (["convert", nowhere, out, "--to", "peft", "--overwrite"], "DST"),
+        (["convert", nowhere, out, "--to", "kv", "--overwrite"], "DST"),
+    ]:
+        first = str(tmp_path / place.split("/")[0])
+        why = "a link that leads nowhere" if place == "link" else f"and {first!r} is no folder"
+        assert refused(*command) == f"{name} is {str(out)!r}, {why}; name another place"
+
+
+def test_where_nobody_may_write(text, tmp_path, refused, monkeypatch):
+    monkeypatch.setattr("prefixkit.cli.output.os.access", lambda folder, _: folder != tmp_path)
+    message = refused("generate", text / "no-prefix", "x", "--output", tmp_path / "a/b.jsonl")
+    assert message.endswith(f"and {str(tmp_path)!r} may not be written to; name another place")
+
+
+def test_a_folder_is_no_file_and_a_file_no_folder(text, tmp_path, refused):
+    (tmp_path / "file").write_text("x")
+    nowhere = text / "no-prefix"
+    for command, says in [
+        (["generate", nowhere, "x", "--output", tmp_path], f"--output is {str(tmp_path)!r}, which is a folder; .*"),
+        (["convert", nowhere, tmp_path, "--to", "kv"], f"DST is {str(tmp_path)!r}, which is a folder; name a file"),
+        (["convert", nowhere, tmp_path / "file", "--to", "peft"], "DST is '.*', which is a file; name a folder"),
+        (["convert", nowhere, os.devnull, "--to", "kv"], "DST is '.*', which is no plain file; name another place"),
+    ]:
+        assert re.fullmatch(says, refused(*command, "--overwrite"))
+
+
+def test_what_is_there_stays_unless_asked(text, tmp_path, run, refused):
+    prefix, pairs, answers = tmp_path / "prefix", text / "pairs.jsonl", tmp_path / "answers.jsonl"
+    saved_prefix(prefix, GPT2LMHeadModel.from_pretrained(text / "gpt2"))
+    answers.write_text("mine")
+    for command, place in [
+        (["train", text / "gpt2", "--train", pairs, "--epochs", 1, "--output", prefix], prefix),
+        (["generate", prefix, "what is 1", "--max-new-tokens", 2, "--output", answers], answers),
+    ]:
+        file = place if place.is_file() else place / "prefix.safetensors"
+        before = file.read_bytes()
+        assert refused(*command) == f"{str(place)!r} is there already; name another place, or pass --overwrite"
+        assert file.read_bytes() == before
+        run(*command, "--overwrite")
+        assert file.read_bytes() != before
+    assert json.loads(answers.read_text())["source"] == "what is 1"
+    run("generate", prefix, "what is 1", "--max-new-tokens", 2, "--output", os.devnull)  # which nobody replaces
+
+
+def test_nothing_is_written_over_what_is_read(text, tmp_path, refused, monkeypatch):
+    saved_prefix(tmp_path / "prefix", GPT2LMHeadModel.from_pretrained(text / "gpt2"))
+    shutil.copy(text / "pairs.jsonl", tmp_path / "pairs.jsonl")
+    shutil.copytree(text / "gpt2", tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "prefix")
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for command, place, what in [
+        (["generate", "prefix", "--input", "pairs.jsonl", "--output", "./pairs.jsonl"], "pairs.jsonl", "--input"),
+        (["generate", "prefix", "x", "--output", "link/prefix.safetensors"], "link/prefix.safetensors", "the prefix"),
+        (["train", "model", "--train", "pairs.jsonl", "--output", tmp_path / "model"], tmp_path / "model", "the model"),
+    ]:
+        says = f"{str(place)!r} is where {what} comes from; name another place"
+        assert refused(*command, "--overwrite") == says
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("spelling", ["peft", "peft/", "./peft", "base/../peft", "link", "{whole}"])
+def test_convert_leaves_its_source_alone(spelling, peft_folder, refused, monkeypatch):
+    """With both checkpoints in one folder, whoever loads it gets the new one, also where the old one is meant."""
+    monkeypatch.chdir(peft_folder.parent)
+    (peft_folder.parent / "link").symlink_to(peft_folder)
+    target = spelling.format(whole=peft_folder)
+    message = refused("convert", "peft", target, "--to", "prefixkit", "--overwrite")
+    assert message == f"{str(Path(target))!r} is where the prefix comes from; name another place"
+    assert sorted(path.name for path in peft_folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_convert_leaves_a_source_alone_that_is_one_file(tmp_path, refused):
+    torch.save({"trainable_keys": []}, tmp_path / "cartridge.pt")
+    message = refused(*["convert", *[tmp_path / "cartridge.pt"] * 2, "--to", "kv", "--overwrite"])
+    assert message.endswith("is where the prefix comes from; name another place")
+
+
+def test_no_prefix_is_written_beside_another_librarys(peft_folder, text, tmp_path, refused):
+    saved_prefix(tmp_path / "own", tiny.make("gpt2"))
+    for command, name in [
+        (["convert", tmp_path / "own", peft_folder, "--to", "prefixkit"], "DST"),
+        (["train", text / "gpt2", "--train", text / "pairs.jsonl", "--output", peft_folder], "--output"),
+    ]:
+        assert refused(*command, "--overwrite") == (
+            f"{name} is {str(peft_folder)!r}, which holds an adapter of another library (adapter_config.json); "
+            "name another folder"
+        )
+
+
+@pytest.mark.parametrize(
+    "given", [["--task", "body"], ["-P", 20], ["--num-labels", 2], ["--positions", "shift"], ["--stacks", "decoder"]]
+)
+def test_inspect_drops_no_option(given, tmp_path, refused):
+    """A saved prefix has its own, also where the option says what is the default for a model."""
+    saved_prefix(tmp_path, tiny.make("gpt2"))
+    assert refused("inspect", tmp_path, *given) == (
+        f"{given[0]} is of a model, and {str(tmp_path)!r} is a saved prefix; leave it out, or name a model"
+    )
+
+
+def classifier_prefix(folder, labels=5):
+    """A prefix with a head, as prefixkit and as PEFT write it, with the body alone and a smaller head for bases."""
+    torch.manual_seed(0)
+    for name, kind, size in (("body", BertModel, 2), ("base", BertForSequenceClassification, 2)):
+        kind(BertConfig(**tiny.BERT, num_labels=size)).save_pretrained(folder / name)
+    model = BertForSequenceClassification(BertConfig(**tiny.BERT, num_labels=labels))
+    prefixkit.apply(model, num_virtual_tokens=3)
+    prefixkit.save(model, folder / "own")
+    prefixkit.save(model, folder / "peft", format="peft")
+
+
+def test_an_error_about_a_head_says_what_to_pass(tmp_path, run, refused):
+    classifier_prefix(tmp_path)
+    hint = "; pass the --task that the prefix was trained for, and with a classifier its --num-labels"
+    for source, more in [
+        ("own", ["--base", tmp_path / "body"]),
+        ("own", ["--base", tmp_path / "base"]),
+        ("peft", ["--base", tmp_path / "base"]),
+        ("peft", ["--base", tmp_path / "body", "--task", "body"]),
+    ]:
+        message = refused("convert", tmp_path / source, tmp_path / "to", "--to", "prefixkit", *more)
+        assert "classifier" in message
+        assert message.endswith(hint)
+    whole = ["--task", "sequence-classification", "--num-labels", 5, "--base", tmp_path / "body"]
+    run("convert", tmp_path / "own", tmp_path / "to", "--to", "prefixkit", *whole)
+
+
+def test_generate_says_that_a_head_is_of_another_task(text, tmp_path, refused):
+    config = GPT2Config.from_pretrained(text / "gpt2", num_labels=3, pad_token_id=0)
+    model = prefixkit.apply(GPT2ForSequenceClassification(config), num_virtual_tokens=3)
+    prefixkit.save(model, tmp_path / "prefix")
+    message = refused("generate", tmp_path / "prefix", "x", "--base", text / "gpt2")
+    assert "head names 'score'" in message
+    assert message.endswith("; generate serves language models, and this prefix was trained for another task")
+
+
+def test_what_nobody_has_foreseen_is_one_message_too(text, tmp_path, refused):
+    """Of torch: token ids past the embeddings, and a prefix that no memory holds."""
+    saved_model(tmp_path)
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path)
+    train = ["train", tmp_path, "--train", text / "pairs.jsonl", "--output", tmp_path / "to"]
+    assert refused("inspect", tmp_path, "-P", 10**12).startswith("RuntimeError: ")
+    with pytest.raises(IndexError):
+        cli.main([*map(str, train), "--debug"])
+    assert cli.main([*map(str, train)]) == 1
+    assert not (tmp_path / "to").exists()
+
+
+def test_damaged_weights_are_one_message(text, tmp_path, refused):
+    shutil.copytree(text / "gpt2", tmp_path / "model")
+    (tmp_path / "model/model.safetensors").write_bytes(b"x" * 100)
+    message = refused("train", tmp_path / "model", "--train", text / "pairs.jsonl", "--output", tmp_path / "to")
+    assert message.startswith(f"cannot load a model from {str(tmp_path / 'model')!r}: ")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5", "bart"])
+def test_a_base_without_a_tokenizer_is_refused(name, text, tmp_path, refused):
+    """From a config alone transformers makes up a tokenizer without words, and every text would be empty."""
+    saved_model(tmp_path / name)
+    message = refused("train", tmp_path / name, "--train", text / "pairs.jsonl", "--output", tmp_path / "to")
+    # Some versions of transformers make none up.
+    own = f"{str(tmp_path / name)!r} has no tokenizer; write the base's own there, with tokenizer.save_pretrained"
+    assert message == own or message.startswith("cannot load a model from ")
+
+
+def test_a_tokenizer_that_ends_no_text_is_refused(text, tmp_path, refused):
+    shutil.copytree(text / "gpt2", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    message = refused("train", tmp_path / "model", "--train", text / "pairs.jsonl", "--output", tmp_path / "to")
+    assert message.endswith("has no eos_token, with which a text ends; give it one and save it there")
+
+
+def test_an_encoder_writes_no_text(text, tmp_path, refused):
+    """As a language model it would see the words that it is to write, and learn nothing."""
+    BertForMaskedLM(BertConfig(**tiny.BERT)).save_pretrained(tmp_path)
+    message = refused("train", tmp_path, "--train", text / "pairs.jsonl", "--output", tmp_path / "to")
+    assert message == (
+        f"{str(tmp_path)!r} is an encoder (bert), which writes no text; name a decoder or an encoder-decoder"
+    )
+
+
+def test_a_prefix_that_is_no_number_is_not_saved(text, tmp_path, capsys, monkeypatch):
+    def diverge(model, *_):
+        with torch.no_grad():
+            next(model.prefixkit.parameters()).fill_(float("nan"))
+
+    monkeypatch.setattr("prefixkit.cli.train.train", diverge)
+    arguments = ["train", text / "gpt2", "--train", text / "pairs.jsonl", "--output", tmp_path / "to"]
+    assert cli.main([str(argument) for argument in arguments]) == 1
+    assert "numbers that are not finite, so the prefix is not saved" in capsys.readouterr().err
+    assert not (tmp_path / "to").exists()
+
+
+def test_an_unknown_method_is_found_before_the_work(text, tmp_path, refused):
+    nowhere = ["train", text / "no-model", "--train", text / "pairs.jsonl", "--output", tmp_path / "to"]
+    assert refused(*nowhere, "--method", "p-tuning").startswith("no method 'p-tuning' (did you mean ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", ""],
+        ["generate", "", "x"],
+        ["generate", "p", "x", "--output", ""],
+        ["convert", "p", "", "--to", "kv"],
+    ],
+)
+def test_an_empty_place_is_not_the_folder_one_is_in(arguments, refused):
+    """It is what a variable of the shell gives that was never set."""
+    assert "is empty; name a place" in refused(*arguments)
+
+
+def test_what_the_terminal_cannot_show_is_printed_as_its_code(monkeypatch):
+    info = prefixkit.PluginInfo(module="mod", entry_points=("mine",), distribution="\u4e2d", version="3", error="x")
+    monkeypatch.setattr("prefixkit.cli.plugins.plugins", lambda: [info])
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["prefixkit", "plugins"])
+    assert cli.main() == 0
+    out.flush()
+    assert b"\\u4e2d" in out.buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", ["with a space", "ünïcødé", "-"])
+def test_folders_of_any_name(name, text, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved_prefix(Path(name), GPT2LMHeadModel.from_pretrained(text / "gpt2"))
+    assert facts(run("inspect", name))["virtual tokens"] == "4"
+    assert (
+        run("generate", name, "what is 1", "--max-new-tokens", 2, "--output", f"of {name}.jsonl")
+        == f"wrote 1 lines to of {name}.jsonl\n"
+    )
+    run("convert", name, f"{name} of PEFT", "--to", "peft")

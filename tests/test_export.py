@@ -190,16 +190,16 @@ def test_a_file_is_whole_or_the_old_one(tmp_path, monkeypatch):
 
 
 def test_refusals(tmp_path):
-    says = "an export holds keys and values only, and these do not say {}; use prefixkit.save"
+    says = "an export holds keys and values only, and this prefix has {}; use prefixkit.save"
     cases = [
-        ("llama", {"gate": True, "positions": "none"}, {}, says.format("a gate or a prefix memory")),
+        ("llama", {"gate": True, "positions": "none"}, {}, says.format("a gate, or no keys and values")),
         (
             "llama",
             {"method": "prefix-memory", "positions": "none", "num_virtual_tokens": 1},
             {},
-            says.format("a gate or a prefix memory"),
+            says.format("a gate, or no keys and values"),
         ),
-        ("llama", {"infix": True}, {}, says.format("where an infix stands")),
+        ("llama", {"infix": True}, {}, says.format("an infix")),
         ("gpt2", {}, {"positions": "none"}, "this model's keys cannot be turned: of the 1 rotations that"),
         ("t5", {"stacks": ["decoder"], "engine": "cache"}, {"positions": "none"}, "this model's keys cannot be turned"),
     ]

@@ -27,6 +27,17 @@ class Parser(argparse.ArgumentParser):
         raise CommandError(f"{message}; `{self.prog} --help` shows what is possible")
 
 
+class OfAModel(argparse.Action):
+    """Stores a value, and the option itself among those that say nothing of a saved prefix."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None
+    ) -> None:
+        """Called for each option that is there."""
+        setattr(namespace, self.dest, values)
+        namespace.of_a_model = (*namespace.of_a_model, option)
+
+
 def parser() -> Parser:
     """The parser of the command with all its subcommands."""
     top = Parser(prog="prefixkit", description="Prefix tuning and p-tuning v2 for transformers models.")
@@ -39,6 +50,8 @@ def parser() -> Parser:
 
 
 Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
+Arguments: TypeAlias = "Parser | argparse._ArgumentGroup"
+Action: TypeAlias = str | type[argparse.Action]
 
 
 def _command(commands: Commands, name: str, text: str, example: str) -> Parser:
@@ -70,14 +83,20 @@ def _inspect(commands: Commands) -> None:
         "show where a prefix goes in a model, or what a saved prefix is; no weights are read",
         "  prefixkit inspect path/or/name --num-virtual-tokens 20\n  prefixkit inspect runs/my-prefix",
     )
-    made.add_argument("place", metavar="MODEL or PREFIX", help=f"{MODEL}; or a saved prefix, here or on the hub")
-    _add_task(made)
-    _add_prefix(made)
-    made.add_argument("--positions", default="shift", help="shift or none (shift)")
-    made.add_argument("--window", default="pinned", help="pinned or slide (pinned)")
-    made.add_argument("--engine", default="auto", help="auto, attention or cache (auto)")
-    made.add_argument("--stacks", nargs="+", metavar="STACK", help="encoder, decoder, cross (all there are)")
+    made.add_argument(
+        "place", type=_place, metavar="MODEL or PREFIX", help=f"{MODEL}; or a saved prefix, here or on the hub"
+    )
     made.add_argument("--revision", help="branch, tag or commit on the hub")
+    made.set_defaults(of_a_model=())
+    group = made.add_argument_group("of a MODEL; a saved prefix has its own")
+    _add_task(group, OfAModel)
+    _add_prefix(group, OfAModel)
+    group.add_argument("--positions", action=OfAModel, default="shift", help="shift or none (shift)")
+    group.add_argument("--window", action=OfAModel, default="pinned", help="pinned or slide (pinned)")
+    group.add_argument("--engine", action=OfAModel, default="auto", help="auto, attention or cache (auto)")
+    group.add_argument(
+        "--stacks", action=OfAModel, nargs="+", metavar="STACK", help="encoder, decoder, cross (all there are)"
+    )
 
 
 def _convert(commands: Commands) -> None:
@@ -89,8 +108,10 @@ def _convert(commands: Commands) -> None:
         "  prefixkit convert my-prefix peft-folder --to peft\n"
         "  prefixkit convert user/my-prefix prefix.safetensors --to kv --base path/or/name",
     )
-    made.add_argument("source", metavar="SRC", help="what prefixkit.load reads: a folder, a file, a name on the hub")
-    made.add_argument("target", metavar="DST", type=Path, help="folder to write; with --to kv, the file")
+    made.add_argument(
+        "source", type=_place, metavar="SRC", help="what prefixkit.load reads: a folder, a file, a name on the hub"
+    )
+    made.add_argument("target", metavar="DST", type=_path, help="folder to write; with --to kv, the file")
     made.add_argument(
         "--to",
         choices=TARGETS,
@@ -101,7 +122,7 @@ def _convert(commands: Commands) -> None:
     _add_task(made)
     made.add_argument("--positions", help="with --to kv: shift or none (the prefix's own)")
     made.add_argument("--fold", action="store_true", help="with --to prefixkit: leave out an MLP, which only trains")
-    made.add_argument("--overwrite", action="store_true", help="replace what is there")
+    _add_overwrite(made)
     made.add_argument("--revision", help="branch, tag or commit of SRC on the hub")
 
 
@@ -113,10 +134,11 @@ def _train(commands: Commands) -> None:
         "  prefixkit train path/or/name --train pairs.jsonl --test test.jsonl \\\n"
         "      --source-field question --target-field answer --output runs/my-prefix",
     )
-    made.add_argument("model", metavar="MODEL", help=MODEL)
-    made.add_argument("--train", type=Path, required=True, metavar="FILE", help="JSON lines, plain or .gz")
-    made.add_argument("--test", type=Path, metavar="FILE", help="JSON lines to score before and after")
-    made.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to save the prefix to")
+    made.add_argument("model", type=_place, metavar="MODEL", help=MODEL)
+    made.add_argument("--train", type=_path, required=True, metavar="FILE", help="JSON lines, plain or .gz")
+    made.add_argument("--test", type=_path, metavar="FILE", help="JSON lines to score before and after")
+    made.add_argument("--output", type=_path, required=True, metavar="DIR", help="folder to save the prefix to")
+    _add_overwrite(made)
     _add_fields(made)
     _add_prefix(made)
     made.add_argument("--epochs", type=_above_zero, default=2.0, help="(2)")
@@ -135,16 +157,29 @@ def _generate(commands: Commands) -> None:
         "  prefixkit generate runs/my-prefix 'name : Zizzi | food : Chinese'\n"
         "  prefixkit generate user/my-prefix --input test.jsonl --source-field question --output answers.jsonl",
     )
-    made.add_argument("prefix", metavar="PREFIX", help="a saved prefix: a folder, or a name on the hub")
+    made.add_argument("prefix", type=_place, metavar="PREFIX", help="a saved prefix: a folder, or a name on the hub")
     made.add_argument("texts", metavar="TEXT", nargs="*", help="sources")
     _add_base(made)
-    made.add_argument("--input", type=Path, metavar="FILE", help="JSON lines with sources, plain or .gz")
+    made.add_argument("--input", type=_path, metavar="FILE", help="JSON lines with sources, plain or .gz")
     made.add_argument("--score", action="store_true", help="BLEU against the target field of --input")
-    made.add_argument("--output", type=Path, metavar="FILE", help="write JSON lines there, not to the terminal")
+    made.add_argument("--output", type=_path, metavar="FILE", help="write JSON lines there, not to the terminal")
+    _add_overwrite(made)
     _add_fields(made)
     made.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="(64)")
     made.add_argument("--batch-size", type=_count, default=64, help="(64)")
     made.add_argument("--revision", help="branch, tag or commit of PREFIX on the hub")
+
+
+def _place(text: str) -> str:
+    """A path or a name, which nobody means to be empty: that would be the folder one is in."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a place")
+    return text
+
+
+def _path(text: str) -> Path:
+    """A path."""
+    return Path(_place(text))
 
 
 def _count(text: str) -> int:
@@ -169,22 +204,33 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def _add_overwrite(made: Parser) -> None:
+    made.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
 def _add_fields(made: Parser) -> None:
     made.add_argument("--source-field", default="source", metavar="NAME", help="(source)")
     made.add_argument("--target-field", default="target", metavar="NAME", help="(target)")
 
 
-def _add_prefix(made: Parser) -> None:
-    made.add_argument("--method", default="p-tuning-v2", help="an installed method (p-tuning-v2)")
+def _add_prefix(made: Arguments, action: Action = "store") -> None:
+    made.add_argument("--method", action=action, default="p-tuning-v2", help="an installed method (p-tuning-v2)")
     made.add_argument(
-        "-P", "--num-virtual-tokens", type=_count, default=20, metavar="P", help="length of the prefix (20)"
+        *("-P", "--num-virtual-tokens"),
+        action=action,
+        type=_count,
+        default=20,
+        metavar="P",
+        help="length of the prefix (20)",
     )
 
 
 def _add_base(made: Parser) -> None:
-    made.add_argument("--base", metavar="MODEL", help=f"{MODEL} (the one that the prefix names)")
+    made.add_argument("--base", type=_place, metavar="MODEL", help=f"{MODEL} (the one that the prefix names)")
 
 
-def _add_task(made: Parser) -> None:
-    made.add_argument("--task", help=TASKS)
-    made.add_argument("--num-labels", type=_count, metavar="N", help="outputs of a classifier (what the config says)")
+def _add_task(made: Arguments, action: Action = "store") -> None:
+    made.add_argument("--task", action=action, help=TASKS)
+    made.add_argument(
+        "--num-labels", action=action, type=_count, metavar="N", help="outputs of a classifier (what the config says)"
+    )

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from prefixkit.cli.wrong import CommandError
-from prefixkit.errors import closest
+from prefixkit.errors import PrefixkitError, closest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -102,7 +102,10 @@ def having(place: str, load: Callable[[], Any]) -> Any:
     """What ``load`` gives, with the errors of transformers as one of ours."""
     try:
         return load()
-    except (OSError, ValueError, RuntimeError, TypeError, LookupError) as error:
+    except (PrefixkitError, ImportError):
+        raise
+    # Files may be damaged in many ways, and transformers and its parts have an error for each.
+    except Exception as error:
         if "trust_remote_code" in str(error):
             raise CommandError(f"{place!r} brings code of its own, which prefixkit never runs") from error
         reason = " ".join(str(error).split())

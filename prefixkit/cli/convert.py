@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefixkit import hub
 from prefixkit.checkpoint import load, save
 from prefixkit.cli.bases import base_config, with_weights, without_weights
-from prefixkit.cli.saved import base_of, task_of
+from prefixkit.cli.output import check_file, check_folder, check_own_folder, refuse_source
+from prefixkit.cli.saved import base_of, head_hint, saved_prefix, task_of
 from prefixkit.cli.wrong import CommandError
 from prefixkit.exporting import export
 from prefixkit.formats.peft_export import head_of_the_base
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def run(options: argparse.Namespace) -> None:
     """Load, write, and say what came of it."""
     _check_target(options)
-    source = hub.local_copy(options.source, revision=options.revision)
+    source = saved_prefix(options.source, options.revision)
     model = _with_prefix(source, options)
     if options.fold:
         fold(model)
@@ -43,25 +43,22 @@ def _written(target: Path) -> str:
 
 
 def _check_target(options: argparse.Namespace) -> None:
-    target: Path = options.target
     if options.positions is not None and options.to != "kv":
         raise CommandError(f"--positions goes with --to kv; --to {options.to} keeps the policy of the prefix")
     if options.fold and options.to != "prefixkit":
         raise CommandError(f"--fold goes with --to prefixkit; --to {options.to} folds by itself")
-    taken = target.is_file() or (target.is_dir() and any(target.iterdir()))
-    if target.is_file() and target.resolve().parent == Path(options.source).resolve():
-        raise CommandError(f"{str(target)!r} is where the prefix comes from; name another place")
-    if taken and not options.overwrite:
-        raise CommandError(f"{str(target)!r} is there already; name another place, or pass --overwrite")
+    refuse_source(options.target, Path(options.source), "the prefix")
+    check = {"kv": check_file, "peft": check_folder, "prefixkit": check_own_folder}[options.to]
+    check(options.target, "DST", overwrite=options.overwrite)
 
 
 def _with_prefix(source: Path, options: argparse.Namespace) -> PreTrainedModel:
     """A model with the prefix: without weights, but where the base has to read the prefix."""
-    if not source.exists():
-        raise CommandError(f"there is nothing at {options.source!r}, and that is no name on the hub (user/name)")
     base, task = base_of(source, options.base), task_of(source, options.task)
     settings = base_config(base, num_labels=options.num_labels)
-    model = load(without_weights(settings, task), source)
+    model = without_weights(settings, task)
+    with head_hint("pass the --task that the prefix was trained for, and with a classifier its --num-labels"):
+        load(model, source)
     attachment = require(model).attachment
     reads = attachment.gives == EMBEDDINGS and (options.to != "prefixkit" or options.fold)
     of_the_base = head_of_the_base(model, attachment) if options.to == "peft" else []

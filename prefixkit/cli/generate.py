@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
-from prefixkit import hub
 from prefixkit.checkpoint import load
 from prefixkit.cli.bases import having
-from prefixkit.cli.saved import base_of
+from prefixkit.cli.output import check_file, is_stream, refuse_source
+from prefixkit.cli.saved import base_of, head_hint, saved_prefix
 from prefixkit.cli.wrong import CommandError
 from prefixkit.text_to_text import Example, bleu, generate, group, load_base, read, scorer, texts
 
@@ -17,12 +18,12 @@ from prefixkit.text_to_text import Example, bleu, generate, group, load_base, re
 def run(options: argparse.Namespace) -> None:
     """Generate, and print or write it."""
     examples = _examples(options)
-    prefix = hub.local_copy(options.prefix, revision=options.revision)
-    if not prefix.exists():
-        raise CommandError(f"there is nothing at {options.prefix!r}, and that is no name on the hub (user/name)")
+    _check_output(options)
+    prefix = saved_prefix(options.prefix, options.revision)
     base = base_of(prefix, options.base)
     model, tokenizer = having(base, lambda: load_base(base))
-    load(model, prefix)
+    with head_hint("generate serves language models, and this prefix was trained for another task"):
+        load(model, prefix)
     sources = [example.source for example in examples]
     sentences = generate(
         model,
@@ -47,6 +48,15 @@ def _examples(options: argparse.Namespace) -> list[Example]:
         return group(read(options.input, options.source_field, options.target_field))
     sources = options.texts or texts(options.input, options.source_field)
     return [Example(source, ()) for source in sources]
+
+
+def _check_output(options: argparse.Namespace) -> None:
+    if options.output is None or is_stream(options.output):
+        return
+    refuse_source(options.output, Path(options.prefix), "the prefix")
+    if options.input is not None:
+        refuse_source(options.output, options.input, "--input")
+    check_file(options.output, "--output", overwrite=options.overwrite)
 
 
 def _write(sources: Sequence[str], sentences: Sequence[str], options: argparse.Namespace) -> None:

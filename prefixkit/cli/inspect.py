@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -15,11 +16,12 @@ from prefixkit.adapter import Adapter, Site
 from prefixkit.assembly import build, check_model, stacks_of
 from prefixkit.attention_engine import AttentionEngine
 from prefixkit.cli.bases import base_config, without_weights
-from prefixkit.cli.saved import ADAPTER, is_own
+from prefixkit.cli.saved import check_revision, is_own
 from prefixkit.cli.table import facts, table
 from prefixkit.cli.wrong import CommandError
 from prefixkit.discovery import installed, plugins
 from prefixkit.errors import CheckpointError, EngineError
+from prefixkit.formats import detection
 from prefixkit.head import choose_head, head_parameters
 from prefixkit.prefix_config import PrefixConfig
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 SITE_HEADS = ("stack", "layers", "kv heads", "key dim", "value dim", "window", "module")
 BYTES = 4  # a prefix is float32
+MODEL_FILE = "config.json"
 
 
 def run(options: argparse.Namespace) -> None:
@@ -37,22 +40,20 @@ def run(options: argparse.Namespace) -> None:
     folder = _prefix(options.place, options.revision)
     if folder is None:
         _show_model(options)
-    else:
-        _show_prefix(folder)
+        return
+    if options.of_a_model:
+        raise CommandError(
+            f"{', '.join(options.of_a_model)} is of a model, and {options.place!r} is a saved prefix; leave it out, or "
+            "name a model"
+        )
+    _show_prefix(folder)
 
 
 def _prefix(place: str, revision: str | None) -> Path | None:
     """The folder of a saved prefix, which may be a copy from the hub; ``None`` if it is a model."""
-    path = Path(place)
-    if path.is_file():
-        raise CommandError(f"{place!r} is a file; pass the folder that it stands in, {str(path.parent)!r}")
-    if path.exists():
-        if not is_own(path) and (path / ADAPTER).is_file():
-            raise CommandError(
-                f"{place!r} holds a prefix of another library; `prefixkit convert {place} DST --to prefixkit` makes "
-                "one of it that can be shown"
-            )
-        return path if is_own(path) else None
+    check_revision(place, revision)
+    if Path(place).exists():
+        return _here(hub.local_copy(place))
     try:
         base_config(place, revision=revision)
     except CommandError:
@@ -62,6 +63,20 @@ def _prefix(place: str, revision: str | None) -> Path | None:
             return hub.local_copy(place, revision=revision)
         except CheckpointError as error:
             raise CommandError(f"{place!r} is neither a model nor a prefix: {error}") from error
+    return None
+
+
+def _here(path: Path) -> Path | None:
+    """The folder, if it holds a prefix of prefixkit; ``None`` if it holds a model."""
+    if is_own(path):
+        return path
+    if (path / checkpoint_files.ADAPTER_FILE).is_file() or not (path / MODEL_FILE).is_file():
+        if detection.telling_file(path) is None:
+            raise checkpoint_files.no_checkpoint(path)
+        raise CommandError(
+            f"{str(path)!r} holds a prefix of another library; `prefixkit convert {shlex.quote(str(path))} DST "
+            "--to prefixkit` makes one of it that can be shown"
+        )
     return None
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prefixkit import checkpoint_files
+from prefixkit import checkpoint_files, hub
+from prefixkit.checkpoint_files import ADAPTER_FILE
 from prefixkit.cli.wrong import CommandError
+from prefixkit.errors import CheckpointError, HeadError
+from prefixkit.formats import detection
 
-ADAPTER = "adapter_config.json"
 PEFT_TASKS = {
     "CAUSAL_LM": "causal-lm",
     "SEQ_2_SEQ_LM": "seq2seq-lm",
@@ -18,6 +21,32 @@ PEFT_TASKS = {
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "body",
 }
+
+
+def saved_prefix(place: str, revision: str | None) -> Path:
+    """The folder or the file of a saved prefix, which may be a copy from the hub.
+
+    Raises:
+        CommandError: If nothing is there, or a revision of what is here was asked for.
+        CheckpointError: If what is there is no prefix, or the hub does not give it.
+    """
+    check_revision(place, revision)
+    path = hub.local_copy(place, revision=revision)
+    if not path.exists():
+        raise CommandError(f"there is nothing at {place!r}, and that is no name on the hub (user/name)")
+    if not is_own(path) and detection.telling_file(path) is None:
+        raise checkpoint_files.no_checkpoint(path)
+    return path
+
+
+def check_revision(place: str, revision: str | None) -> None:
+    """Refuse a revision of what is here, where it would mean nothing.
+
+    Raises:
+        CommandError: If there is one.
+    """
+    if revision is not None and Path(place).exists():
+        raise CommandError(f"--revision is of a repository on the hub, and {place!r} is here; leave it out")
 
 
 def is_own(folder: Path) -> bool:
@@ -47,9 +76,17 @@ def task_of(folder: Path, asked: str | None) -> str | None:
     return asked or PEFT_TASKS.get(str(_adapter(folder).get("task_type")))
 
 
+@contextmanager
+def head_hint(what_to_do: str) -> Iterator[None]:
+    """Add to an error about the prefix's head what to do on the command line."""
+    try:
+        yield
+    except HeadError as error:
+        raise CommandError(f"{error}; {what_to_do}") from error
+
+
 def _adapter(folder: Path) -> dict[str, Any]:
     try:
-        document = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return checkpoint_files.read_json(folder / ADAPTER_FILE)
+    except (OSError, CheckpointError):
         return {}  # what is damaged gets its error when it is loaded
-    return document if isinstance(document, dict) else {}

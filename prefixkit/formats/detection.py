@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefixkit.assembly import stacks_of
-from prefixkit.checkpoint_files import TENSOR_FILE, read_json
+from prefixkit.checkpoint_files import TENSOR_FILE, read_json, written_by_prefixkit
 from prefixkit.discovery import installed
 from prefixkit.errors import CheckpointError, ConfigError
 from prefixkit.formats import adapterhub, cartridges, p_tuning_v2, peft, prefix_tuning_2021, tensor_files
@@ -29,7 +29,7 @@ def find(path: Path, model: PreTrainedModel, adapter: Adapter | None) -> Found |
     Raises:
         CheckpointError: If it is damaged, for another model, or in no format that is known.
     """
-    file = None if (path / TENSOR_FILE).is_file() else _file(path)
+    file = None if (path / TENSOR_FILE).is_file() else telling_file(path)
     if file is None:
         return None
     adapter = adapter or installed().adapter_for(str(model.config.model_type))
@@ -41,8 +41,12 @@ def find(path: Path, model: PreTrainedModel, adapter: Adapter | None) -> Found |
         raise CheckpointError(f"{path} cannot be read as {KNOWN}: {error}") from error
 
 
-def _file(path: Path) -> Path | None:
-    """The file that tells the format."""
+def telling_file(path: Path) -> Path | None:
+    """The file that tells the format of another library; ``None`` where there is none.
+
+    Raises:
+        CheckpointError: If there are several.
+    """
     if path.is_file():
         return path if path.suffix in SUFFIXES else None
     if not path.is_dir():
@@ -69,6 +73,8 @@ def _read(file: Path, target: Target) -> Found:
         return p_tuning_v2.read(content, _settings(file), target)
     if prefix_tuning_2021.is_here(content):
         return prefix_tuning_2021.read(content, _settings(file), target)
+    if file.suffix == tensor_files.SAFE and written_by_prefixkit(file):
+        raise target.damaged(f"prefixkit wrote {file.name}, and reads the folder of a checkpoint, with {TENSOR_FILE}")
     names = ", ".join(map(repr, sorted(content)[:3])) or "nothing"
     raise target.damaged(f"{file.name} holds {names}, which is not {KNOWN}")
 

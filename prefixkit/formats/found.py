@@ -12,7 +12,7 @@ import torch
 
 from prefixkit.adapter import Site, Stack
 from prefixkit.discovery import installed
-from prefixkit.errors import CheckpointError, ConfigError, MethodError
+from prefixkit.errors import CheckpointError, ConfigError, HeadError, MethodError
 from prefixkit.frozen import FROZEN
 from prefixkit.head import choose_head, head_parameters
 from prefixkit.layout import Layout
@@ -183,9 +183,9 @@ def task_head(target: Target, given: Mapping[str, object]) -> dict[str, torch.Te
     names = head_parameters(target.model, choose_head(target.model, "auto", target.stacks))
     for name in names:
         if name not in given:
-            raise target.damaged(
-                f"the head of this {type(target.model).__name__} needs {name!r}, which is not there; load the prefix "
-                "into a model with the head that trained with it, or into the body alone"
+            raise HeadError(
+                f"{target.path}: the head of this {type(target.model).__name__} needs {name!r}, which is not there; "
+                "load the prefix into a model with the head that trained with it, or into the body alone"
             )
     return {name: tensor(target, given, name) for name in names}
 
