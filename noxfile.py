@@ -13,6 +13,9 @@ nox.options.sessions = ["lint", "types", "tests", "docs"]
 
 VERSIONS = ["4.57.6", "5.0.0", "5.5.0", "5.10.4", "5.15.1", "5.20.2", "5.23.0"]
 
+EVERY_CORE = ("-n", "logical")
+"""Tests run on one thread each, so as many at a time as there are cores."""
+
 
 @nox.session
 def lint(session: nox.Session) -> None:
@@ -30,13 +33,13 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The default test suite; arguments after ``--`` go to pytest."""
-    session.run("pytest", *session.posargs)
+    session.run("pytest", *EVERY_CORE, *session.posargs)
 
 
 @nox.session
 def slow(session: nox.Session) -> None:
     """The tests marked slow or rare, and all property tests with many more examples."""
-    session.run("pytest", "-m", "not gpu", *session.posargs, env={"HYPOTHESIS_PROFILE": "thorough"})
+    session.run("pytest", *EVERY_CORE, "-m", "not gpu", *session.posargs, env={"HYPOTHESIS_PROFILE": "thorough"})
 
 
 @nox.session
@@ -69,7 +72,7 @@ def versions(session: nox.Session, transformers: str) -> None:
             *(sys.executable, "-m", "pip", "install", "--quiet", "--target", str(overlay)),
             f"transformers=={transformers}",  # with what it needs of its own; torch is not among it
         )
-    session.run("pytest", *session.posargs, env={"PYTHONPATH": str(overlay)})
+    session.run("pytest", *EVERY_CORE, *session.posargs, env={"PYTHONPATH": str(overlay)})
 
 
 @nox.session

@@ -57,10 +57,14 @@ def can_serve(
         and same
         and query.device.type == "cpu"
         and (mask is None or _is_plain(mask, query, key))
-        # An exported graph should hold what other runtimes know.
-        and not torch.compiler.is_exporting()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch has no types here
+        and not _is_leaving_torch()
     )
+
+
+def _is_leaving_torch() -> bool:
+    """Whether a graph is being made for others, who do not know the kernel."""
+    is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # its name from torch 2.7 on
+    return bool(is_exporting()) or bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _is_given(argument: Any) -> bool:

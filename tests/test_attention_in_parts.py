@@ -46,7 +46,7 @@ def written_out(query, key, value, prefix, hidden, scale):
 def test_output_and_gradients_are_those_of_one_softmax(data):
     draw = data.draw
     batch, kv_heads, groups, queries, past, tokens = (draw(SIZES) for _ in range(6))
-    masked = draw(st.sampled_from(["none", "causal", "shared", "by head"]))
+    masked = draw(st.sampled_from(["none", "causal", "by row", "by head", "of all rows"]))
     scale = draw(st.sampled_from([None, 0.3]))
     keys = queries if masked == "causal" else queries + past
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
@@ -61,8 +61,9 @@ def test_output_and_gradients_are_those_of_one_softmax(data):
     if masked == "causal":
         hidden = torch.ones(queries, keys, dtype=torch.bool).triu(1)[None, None]
     elif masked != "none":
-        heads = 1 if masked == "shared" else kv_heads * groups
-        hidden = torch.rand(batch, heads, queries, keys, generator=generator) < 0.5
+        heads = kv_heads * groups if masked == "by head" else 1
+        rows = 1 if masked == "of all rows" else batch
+        hidden = torch.rand(rows, heads, queries, keys, generator=generator) < 0.5
         hidden[0] = True  # a row of padding sees the prefix alone
         mask = additive(~hidden, torch.float64)
     output = parts.attend(query, *own, prefix, mask, causal=masked == "causal", scale=scale)
