@@ -226,13 +226,14 @@ def test_nothing_changes_inside_a_block(block, action):
 # Files
 
 
-def test_saved_by_name_and_loaded_side_by_side(tmp_path):
-    model = two(tiny.make("t5"))
+@pytest.mark.parametrize("base", [T5, "bart"])
+def test_saved_by_name_and_loaded_side_by_side(base, tmp_path):
+    model = two(tiny.make(base))
     inputs = tiny.inputs(model)
     expected = {name: alone(model, name, **inputs) for name in LENGTHS}
     for name in LENGTHS:
         prefixkit.save(model, tmp_path / name, name=name)
-    other = tiny.make("t5")
+    other = tiny.make(base)
     prefixkit.load(other, tmp_path / "first", trainable=True)
     prefixkit.load(other, tmp_path / "second")
     prefixkit.load(other, tmp_path / "first", name="again")
@@ -465,7 +466,6 @@ def test_returned_sequences_have_their_rows_prefix():
         assert (found[3 * row : 3 * row + 3] == best).all()
 
 
-@since("5.0", "the static cache of 4.x is made otherwise")
 def test_static_cache_in_rows():
     model = two(tiny.make("llama"))
     ids = tiny.tokens(3, 4)
