@@ -16,7 +16,7 @@ from prefixkit.adapter import Adapter, PositionIds, RelativeBias, Site, Stack
 from prefixkit.additions import add_gate, check_addition, memory_width
 from prefixkit.attachment import Attachment
 from prefixkit.attention_engine import AttentionEngine, UnreachableAttentionError
-from prefixkit.cache_engine import CacheEngine
+from prefixkit.cache_engine import CacheEngine, without_the_other
 from prefixkit.discovery import installed
 from prefixkit.embeddings import check_reads
 from prefixkit.errors import (
@@ -145,7 +145,7 @@ def _choose_engine(model: PreTrainedModel, attachment: Attachment) -> None:
         try:
             attachment.engine.check(model, attachment)
         except EngineError as no_cache:
-            raise EngineError(f"{no_attention}; and {no_cache}") from no_cache
+            raise EngineError(f"{no_attention}; and {without_the_other(no_cache)}") from no_cache
 
 
 def _encoder(config: PrefixConfig, shape: PrefixShape, method: Method | None) -> nn.Module:

@@ -65,15 +65,15 @@ class AttentionEngine:
     def check(self, model: nn.Module, attachment: Attachment) -> None:
         """Raise if a site's attention, or its implementation, cannot be wrapped."""
         for stack in attachment.stacks:
+            if stack.site_forward is not None:
+                _check_masks(stack.path, model.get_submodule(stack.path))
+            for site in stack.sites:
+                _check_reachable(site.path, model.get_submodule(site.path), stack)
             no_bias = isinstance(stack.positions, RelativeBias) and stack.positions.prefix_bias is None
             if no_bias and stack.site_forward is None:
                 raise UnreachableAttentionError(
                     f"the adapter says no prefix_bias for {stack.path!r}, which the attention engine needs"
                 )
-            if stack.site_forward is not None:
-                _check_masks(stack.path, model.get_submodule(stack.path))
-            for site in stack.sites:
-                _check_reachable(site.path, model.get_submodule(site.path), stack)
         for config in self._configs(model, attachment):
             internals.check_wrappable(config)
 

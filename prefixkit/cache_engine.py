@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 USE_ATTENTION = "use engine='attention'"
 
 
+def without_the_other(error: EngineError) -> str:
+    """What a check of this engine said, for a model that the attention engine cannot serve."""
+    return str(error).removesuffix(f"; {USE_ATTENTION}").replace(f"{USE_ATTENTION}, or ", "")
+
+
 class CacheEngine:
     """Fills the cache a decoder is called with, and widens its masks.
 

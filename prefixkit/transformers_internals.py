@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -395,9 +396,12 @@ def rows_for_each(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, An
     names = tuple(signature(type(model).generate).parameters)[1:]  # type: ignore[attr-defined]
     named = {**dict(zip(names, args, strict=False)), **kwargs}
     settings = [named.get("generation_config"), getattr(model, "generation_config", None)]
+    # What is not set is None from transformers 5.0 on, and before the default, over which the model's own goes.
+    unset = GenerationConfig()  # type: ignore[no-untyped-call]
 
     def value(name: str) -> int:
-        return next(filter(None, [named.get(name), *(getattr(given, name, None) for given in settings)]), 1)
+        told = (getattr(given, name, None) for given in settings)
+        return named.get(name) or next((number for number in told if number and number != getattr(unset, name)), 1)
 
     return max(value("num_beams"), value("num_return_sequences"))
 

@@ -30,6 +30,7 @@ from transformers import (
     OPTConfig,
     OPTForCausalLM,
 )
+from versions import since, within
 
 import prefixkit
 from prefixkit import cli, discovery, text_to_text
@@ -41,6 +42,7 @@ from prefixkit.weightless import weightless
 ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "examples/gpt2-e2e-base"
 TOKENS = 4
+BERT = pytest.param("bert", marks=since("5.0", "it is off the interface"))
 COMMANDS = ("plugins", "inspect", "train", "generate", "convert")
 
 
@@ -162,18 +164,43 @@ def test_inspect_a_model_agrees_with_apply(tmp_path, run):
     assert (found["window"], found["positions"], found["engine"]) == ("slide", "shift", "attention")
 
 
-def test_inspect_shows_sites_and_engines(tmp_path, run):
-    saved_model(tmp_path, "t5")
+T5 = (
+    ["encoder", "0-1", "4", "12", "12", "-", "encoder.block.*.layer.*.SelfAttention"],
+    ["decoder", "0-2", "4", "12", "12", "-", "decoder.block.*.layer.*.SelfAttention"],
+    ["cross", "0-2", "4", "12", "12", "-", "decoder.block.*.layer.*.EncDecAttention"],
+)
+BART = (
+    ["encoder", "0-1", "4", "8", "8", "-", "model.encoder.layers.*.self_attn"],
+    ["decoder", "0-2", "2", "16", "16", "-", "model.decoder.layers.*.self_attn"],
+    ["cross", "0-2", "2", "16", "16", "-", "model.decoder.layers.*.encoder_attn"],
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "sites"),
+    [
+        pytest.param("t5", T5, marks=since("5.15", "the attention engine, and so an encoder prefix, is not for it")),
+        ("bart", BART),
+    ],
+)
+def test_inspect_shows_sites_and_engines(name, sites, tmp_path, run):
+    saved_model(tmp_path, name)
     out = run("inspect", tmp_path)
-    rows = [line.split() for line in out.split("\n\n")[1].splitlines()[1:]]
-    assert rows == [
-        ["encoder", "0-1", "4", "12", "12", "-", "encoder.block.*.layer.*.SelfAttention"],
-        ["decoder", "0-2", "4", "12", "12", "-", "decoder.block.*.layer.*.SelfAttention"],
-        ["cross", "0-2", "4", "12", "12", "-", "decoder.block.*.layer.*.EncDecAttention"],
-    ]
+    assert [line.split() for line in out.split("\n\n")[1].splitlines()[1:]] == list(sites)
     assert "attention engine: yes\ncache engine: no: " in out
     only = run("inspect", tmp_path, "--stacks", "decoder", "cross")
     assert [line.split()[0] for line in only.split("\n\n")[1].splitlines()[1:]] == ["decoder", "cross"]
+    assert "cache engine: yes" in only
+
+
+@pytest.mark.skipif(not within("4", "5.15"), reason="from transformers 5.15 on both engines serve it")
+def test_inspect_of_a_t5_that_the_cache_engine_alone_serves(tmp_path, run, refused):
+    saved_model(tmp_path, "t5")
+    told = refused("inspect", tmp_path)
+    assert "so the attention engine cannot reach it; and the cache engine gives an encoder no prefix" in told
+    assert told.endswith("since encoders take no cache; pass stacks=('decoder', 'cross')")
+    only = run("inspect", tmp_path, "--stacks", "decoder", "cross")
+    assert "attention engine: no: " in only
     assert "cache engine: yes" in only
 
 
@@ -184,15 +211,17 @@ def test_inspect_reads_no_weights(tmp_path, run):
 
 
 def test_inspect_a_task_class_without_a_plugin(tmp_path, run):
-    BertForSequenceClassification(BertConfig(**tiny.BERT)).save_pretrained(tmp_path)
+    model = tiny.encoder("SequenceClassification")
+    model.save_pretrained(tmp_path)
     found = facts(run("inspect", tmp_path, "--num-labels", 5))
-    assert found["model"].startswith("BertForSequenceClassification (bert), ")
+    assert found["model"].startswith(f"{type(model).__name__} ({model.config.model_type}), ")
     assert found["adapter"] == "none needed: watched in a forward pass"
     assert found["head that trains"] == "165 parameters"
     found = facts(run("inspect", tmp_path, "--task", "token-classification", "--num-labels", 3))
-    assert found["model"].startswith("BertForTokenClassification")
+    other = {task: type(tiny.encoder(task)).__name__ for task in ("TokenClassification", "MaskedLM")}
+    assert found["model"].startswith(other["TokenClassification"])
     assert found["head that trains"] == "99 parameters"
-    assert facts(run("inspect", tmp_path, "--task", "BertForMaskedLM"))["head that trains"] == "none"
+    assert facts(run("inspect", tmp_path, "--task", other["MaskedLM"]))["head that trains"] == "none"
 
 
 def test_inspect_a_saved_prefix(tmp_path, run):
@@ -205,7 +234,7 @@ def test_inspect_a_saved_prefix(tmp_path, run):
 
 
 @pytest.mark.parametrize("large", [(2, 2**28), (2, 2)])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "bart", "opt"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", BERT, "bart", "opt"])
 def test_a_model_without_weights_looks_like_the_model(name, large, monkeypatch):
     """With weights that share their numbers, a watched forward pass tells the same, positions included."""
     monkeypatch.setattr("prefixkit.weightless.LARGE", large[0])
@@ -265,14 +294,15 @@ def test_convert_what_the_base_has_to_read(tmp_path, run):
 
 def test_convert_folds_and_keeps_a_head(tmp_path, run):
     torch.manual_seed(0)
-    BertForSequenceClassification(BertConfig(**tiny.BERT, num_labels=5)).save_pretrained(tmp_path / "base")
-    model = BertForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+    made = tiny.encoder("SequenceClassification", num_labels=5)
+    made.save_pretrained(tmp_path / "base")
+    model = type(made).from_pretrained(tmp_path / "base").eval()
     saved_prefix(tmp_path / "prefix", model, method="prefix-tuning", encoder_hidden_size=8)
     with torch.no_grad():
         model.classifier.weight.add_(1.0)
     prefixkit.save(model, tmp_path / "prefix")
     run("convert", tmp_path / "prefix", tmp_path / "folded", "--to", "prefixkit", "--fold")
-    fresh = BertForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+    fresh = type(made).from_pretrained(tmp_path / "base").eval()
     prefixkit.load(fresh, tmp_path / "folded")
     ids = tiny.tokens(2, 5)
     assert prefixkit.config(fresh).folded

@@ -11,7 +11,7 @@ import tiny
 import torch
 from hub_server import serving
 from huggingface_hub import ModelCard, constants, file_download, hf_api
-from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 from transformers.utils import hub as transformers_hub
 
 import prefixkit
@@ -35,12 +35,25 @@ def online(tmp_path, monkeypatch):
         monkeypatch.setattr(hf_api.api, "endpoint", address)
         # transformers keeps a client from the first call on, whoever made it.
         monkeypatch.setattr(transformers_hub, "_hf_api", None, raising=False)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        # Before version 5 it also keeps the mode in which it was imported.
+        monkeypatch.setattr(transformers_hub, "_is_offline_mode", False, raising=False)
+        offline_mode(monkeypatch, False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", content.token)
         monkeypatch.chdir(tmp_path)
         yield content
+        forget_sessions()
+
+
+def offline_mode(monkeypatch, value):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", value)
+    forget_sessions()
+
+
+def forget_sessions():
+    """Before huggingface_hub 1 a session is of the mode in which it was made, and kept."""
+    getattr(huggingface_hub.utils, "reset_sessions", lambda: None)()
 
 
 def tuned(name="gpt2", method="p-tuning-v2", **options):
@@ -163,7 +176,7 @@ def test_offline(online, monkeypatch):
     model = tuned()
     prefixkit.push_to_hub(model, ID)
     prefixkit.load(tiny.make("gpt2"), ID)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    offline_mode(monkeypatch, True)
     assert same(prefixkit.load(tiny.make("gpt2"), ID), model), "it was downloaded before"
     message = (
         r"^there is no folder 'user/other' here, and the hub is not asked: offline mode is on \(HF_HUB_OFFLINE\), and "
@@ -174,7 +187,7 @@ def test_offline(online, monkeypatch):
 
 
 def test_offline_push(online, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    offline_mode(monkeypatch, True)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", offline)
     with pytest.raises(CheckpointError, match=r"^the hub is not asked: offline mode is on \(HF_HUB_OFFLINE\); unset "):
         prefixkit.push_to_hub(tuned(), ID)
@@ -223,9 +236,10 @@ def test_the_card_says_what_it_is(online):
 def test_the_code_of_the_card_runs(online, tmp_path):
     """For a task class with a head of its own; a base that is a folder is not told to others."""
     torch.manual_seed(0)
-    BertForSequenceClassification(BertConfig(**tiny.BERT)).bert.save_pretrained(tmp_path / "secret/base")
+    made = tiny.encoder("SequenceClassification")
+    made.base_model.save_pretrained(tmp_path / "secret/base")
     base = str(tmp_path / "secret/base")
-    model = BertForSequenceClassification.from_pretrained(base, num_labels=5).eval()
+    model = type(made).from_pretrained(base, num_labels=5).eval()
     drawn(prefixkit.apply(model, num_virtual_tokens=TOKENS))
     prefixkit.push_to_hub(model, ID)
     text = online.files(ID)["README.md"].decode()
@@ -234,7 +248,7 @@ def test_the_code_of_the_card_runs(online, tmp_path):
     assert ModelCard(text).data.base_model is None
     names = {}
     exec(CODE.search(text)[1].replace("path/to/base", base), names)
-    assert type(names["model"]) is BertForSequenceClassification
+    assert type(names["model"]) is type(made)
     ids = tiny.tokens(2, 5)
     assert torch.equal(tiny.logits(names["model"].eval(), input_ids=ids), tiny.logits(model, input_ids=ids))
 

@@ -92,3 +92,14 @@ def test_a_mask_that_cannot_be_widened_is_named():
     apply(with_site_forward(right, partial(prefixkit.through_cache, cache_name="past_key_values")), model, init="zeros")
     with uncompiled(), pytest.raises(EngineError, match="^LlamaAttention was given a BlockMask .*'eager'$"):
         model(tiny.tokens(2, 6))
+
+
+def test_a_bias_that_no_engine_could_use_is_not_what_is_named():
+    """As on the versions of transformers for which the plugin brings no attention of its own."""
+    bloom = test_prefixkit_legacy.TestBLOOM
+    adapter, made = with_site_forward(bloom.adapter, None), bloom().make_model
+    assert engine_of(apply(adapter, made())) == "cache"
+    with pytest.raises(EngineError, match="BloomAttention, does not go through transformers' attention interface"):
+        apply(adapter, made(), engine="attention")
+    with pytest.raises(EngineError, match="engine cannot reach it; and positions='none' .*; positions='shift'$"):
+        apply(adapter, made(), positions="none")

@@ -271,22 +271,27 @@ def test_embeddings_that_were_resized_come_along(tmp_path):
     assert sorted(saved) == ["embedding.weight", "head.transformer.wte.weight"]
 
 
-def test_a_head_that_did_not_train_is_in_the_file_all_the_same(tmp_path):
+@pytest.mark.parametrize("name", [pytest.param("bert-sentences", marks=SINCE_5), "gpt2-sentences"])
+def test_a_head_that_did_not_train_is_in_the_file_all_the_same(name, tmp_path):
     """PEFT looks for the classifier in every file of its kind."""
-    model = ours("bert-sentences", head=False)
+    model = ours(name, head=False)
     prefixkit.save(model, tmp_path, format="peft")
-    peft = PeftModel.from_pretrained(EVERY["bert-sentences"][0](), tmp_path).eval()
+    peft = PeftModel.from_pretrained(EVERY[name][0](), tmp_path).eval()
     inputs = tiny.inputs(model)
     assert_equal(numbers(peft, **inputs), numbers(model, **inputs))
 
 
-def test_saving_while_disabled_takes_the_tuned_head(tmp_path):
-    model = ours("bert-sentences")
-    tuned = model.classifier.weight.detach().clone()
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [pytest.param("bert-sentences", "classifier", marks=SINCE_5), ("gpt2-sentences", "score")],
+)
+def test_saving_while_disabled_takes_the_tuned_head(name, head, tmp_path):
+    model = ours(name)
+    tuned = model.get_submodule(head).weight.detach().clone()
     with prefixkit.disabled(model):
         prefixkit.save(model, tmp_path, format="peft")
     saved = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
-    assert torch.equal(saved["base_model.classifier.weight"], tuned)
+    assert torch.equal(saved[f"base_model.{head}.weight"], tuned)
 
 
 def test_prompt_tuning_is_read_and_then_saved(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     BartConfig,
     BartForCausalLM,
@@ -31,6 +32,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from versions import within
 
 VOCAB = 62
 PAD = 1
@@ -115,6 +117,13 @@ def make(name: str, *, seed: int = 0, attention: str = "sdpa", **changes: Any) -
                 parameter.normal_(std=0.2)
     model.set_attn_implementation(attention)
     return model
+
+
+def encoder(task: str, **changes: Any) -> PreTrainedModel:
+    """BERT for ``task``; where BERT is off the attention interface, LayoutLM, whose modules are named alike."""
+    name = "LayoutLM" if within("4", "5.0") else "Bert"
+    config = getattr(transformers, f"{name}Config")(**BERT, **changes)
+    return getattr(transformers, f"{name}For{task}")(config)
 
 
 def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
