@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.speed import __main__ as command, criteria, findings, measuring, memory, report, step
-from benchmarks.speed.cells import BASE, PEFT, PREFIXKIT, Cell
+from benchmarks.speed import __main__ as command, adapterhub, criteria, findings, measuring, memory, report, step
+from benchmarks.speed.cells import ADAPTERHUB, ADAPTERHUB_BASE, BASE, PEFT, PREFIXKIT, Cell
 from benchmarks.speed.plans import GRIDS, smallest
 from benchmarks.speed.timing import Conditions, Contender, in_turns
 
@@ -37,9 +37,12 @@ def test_every_plan_has_cells_with_labels_of_their_own(grid):
 
 
 @pytest.mark.parametrize("cell", HERE, ids=lambda cell: cell.label)
-def test_a_cell_gives_an_entry_with_everyone_in_it(cell):
+def test_a_cell_gives_an_entry_with_everyone_in_it(cell, monkeypatch, capsys):
+    monkeypatch.delenv(adapterhub.OVERLAY, raising=False)
     entry = measuring.measure(cell, QUICK)
-    assert set(entry["values"]) == set(cell.contenders) == set(entry["processor"])
+    here = adapterhub.without(cell)
+    assert set(entry["values"]) == set(here.contenders) == set(entry["processor"])
+    assert ("AdapterHub is left out" in capsys.readouterr().out) == (here != cell)
     assert all(len(values) == 2 and min(values) > 0 for values in entry["values"].values())
     assert json.loads(json.dumps(entry)) == entry
     assert entry["versions"]["torch"] == torch.__version__
@@ -59,6 +62,13 @@ def test_longest_finds_the_edge():
 def test_memory_counts_what_a_run_adds():
     added = memory.added_by(lambda: torch.ones(2**25).sum())
     assert 0.9 * 2**27 < added < 1.5 * 2**27
+
+
+def test_adapterhub_is_compared_with_the_base_of_its_own_process():
+    entry = {"kind": "step", "values": {BASE: [1.0], ADAPTERHUB: [6.0], ADAPTERHUB_BASE: [3.0]}}
+    assert (
+        report.table([{"label": "x", **entry}], BASE).splitlines()[-1] == "| x | 1000 ms | 6000 ms (× 2.00) | 3000 ms |"
+    )
 
 
 def test_everyone_takes_turns():
@@ -95,7 +105,7 @@ def test_show_has_a_line_for_each_cell(results, capsys, monkeypatch):
     cell = written("train", 0, {PREFIXKIT: [9.0, 9.0], PEFT: [], BASE: [1.0, 1.0]})
     written("train", 0, {PREFIXKIT: [1.0, 1.2], PEFT: [], BASE: [1.0, 1.0]})  # in the place of the one before
     written("train", 1, {PREFIXKIT: [0.02, 0.02], BASE: [0.01, 0.01]})
-    command.main(["show", "train"])
+    command.main(["show", "train", "--threads", "1"])
     shown = capsys.readouterr().out.splitlines()
     assert f"| {cell.label} | 1100 ms (× 1.10) | — | 1000 ms |" in shown
     assert sum(line.startswith("| step") for line in shown) == 2

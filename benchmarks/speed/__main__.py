@@ -21,6 +21,7 @@ import torch
 import transformers
 
 from benchmarks.speed import criteria, report
+from benchmarks.speed.adapterhub import OVERLAY
 from benchmarks.speed.findings import write
 from benchmarks.speed.measuring import measure
 from benchmarks.speed.plans import GRIDS
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--repeats", type=int, default=7, help="runs that count (default: 7)")
     made.add_argument("--warmup", type=int, default=2, help="runs before them (default: 2)")
     made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    made.add_argument("--adapterhub", default=os.environ.get(OVERLAY, ""), help=f"folder with adapters (or {OVERLAY})")
     made.add_argument("--only", default="", help="cells whose label has this text in it")
     return made
 
@@ -68,6 +70,7 @@ def main(given: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(given)
     conditions = Conditions(arguments.device, arguments.threads, arguments.repeats, arguments.warmup)
     torch.set_num_threads(conditions.threads)
+    os.environ[OVERLAY] = arguments.adapterhub
     transformers.logging.set_verbosity_error()
     for grid in GRIDS if arguments.grid == "all" else [arguments.grid]:
         if arguments.what == "run":

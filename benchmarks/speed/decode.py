@@ -10,18 +10,10 @@ import torch
 import prefixkit
 from benchmarks.speed import models
 from benchmarks.speed.cells import BASE, NATIVE, PREFIXKIT, Cell
+from benchmarks.speed.jobs import batch_of, generate
 from benchmarks.speed.prefixed import fresh, made
-from benchmarks.speed.step import DisagreementError, batch_of
+from benchmarks.speed.step import DisagreementError
 from benchmarks.speed.timing import Conditions, Contender
-
-
-def generate(model: Any, cell: Cell, inputs: dict[str, torch.Tensor], cache: Any = None) -> torch.Tensor:
-    """The new tokens."""
-    given = {"past_key_values": cache} if cache is not None else {}
-    count = {"min_new_tokens": cell.new_tokens, "max_new_tokens": cell.new_tokens}
-    with torch.no_grad():
-        tokens = model.generate(**inputs, **given, **count, do_sample=False, pad_token_id=0)
-    return tokens[:, -cell.new_tokens :]
 
 
 def behind(inputs: dict[str, torch.Tensor], tokens: int) -> dict[str, torch.Tensor]:

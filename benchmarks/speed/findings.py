@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.cells import Cell
+from benchmarks.speed.cells import ADAPTERHUB, ADAPTERHUB_BASE, Cell
 from benchmarks.speed.timing import Conditions
 
 RESULTS = Path(__file__).parent / "results"
@@ -76,6 +76,13 @@ def middle(entry: Entry, name: str) -> float | None:
     """The median of a contender's runs, or nothing if it has none."""
     values = entry["values"].get(name)
     return statistics.median(values) if values else None
+
+
+def compared(entry: Entry, name: str, beside: str) -> float | None:
+    """A contender's ratio to ``beside``; AdapterHub's to the base that ran in its own process."""
+    if name in {beside, ADAPTERHUB_BASE}:
+        return None
+    return ratio(entry, name, ADAPTERHUB_BASE if name == ADAPTERHUB else beside)
 
 
 def ratio(entry: Entry, name: str, beside: str, by: str = "values") -> float | None:

@@ -25,7 +25,8 @@ import torch
 from benchmarks.speed import models, prefixed
 from benchmarks.speed.cells import BASE, PREFIXKIT, Cell
 from benchmarks.speed.children import ChildError, ask
-from benchmarks.speed.step import batch_of, check_gradients, forget, step, step_to_embeddings
+from benchmarks.speed.jobs import batch_of, forget, step, step_to_embeddings
+from benchmarks.speed.step import check_gradients
 from benchmarks.speed.timing import Conditions, Values
 
 BUDGET = 512 * 2**20

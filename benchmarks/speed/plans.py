@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.speed.cells import (
+    ADAPTERHUB,
+    ADAPTERHUB_BASE,
     BASE,
     CACHE_ENGINE,
     NATIVE,
@@ -45,7 +47,7 @@ def train() -> Grid:
     """Steps."""
     start = Cell(kind="step", model="llama-25m", contenders=(PREFIXKIT, PEFT, BASE), batch=8)
     cells = [
-        replace(start, contenders=(PREFIXKIT, CACHE_ENGINE, PEFT, BASE)),
+        replace(start, contenders=(PREFIXKIT, CACHE_ENGINE, PEFT, BASE, ADAPTERHUB, ADAPTERHUB_BASE)),
         *vary(start, "batch", (1, 2)),
         *vary(replace(start, batch=2), "length", (32, 512)),
         *vary(replace(start, batch=2), "tokens", (200, 1024)),
@@ -83,7 +85,10 @@ def decode() -> Grid:
     """Generation."""
     names = (PREFIXKIT, PEFT, BASE, NATIVE)
     start = Cell(kind="decode", model="llama-25m", contenders=names, length=16, new_tokens=24)
-    short = [replace(cell, contenders=(*names, CACHE_ENGINE)) for cell in vary(start, "batch", (1, 8))]
+    short = [
+        replace(cell, contenders=(*names, CACHE_ENGINE, ADAPTERHUB, ADAPTERHUB_BASE))
+        for cell in vary(start, "batch", (1, 8))
+    ]
     cells = [*short, replace(start, batch=16, tokens=1024), replace(start, batch=32, tokens=2048)]
     large = [replace(start, model=model, batch=8, tokens=1024) for model in ("llama-1b", "llama-8b")]
     return Grid("greedy decoding of 24 tokens after a prompt of 16", tuple(cells), on_gpu=tuple(large))

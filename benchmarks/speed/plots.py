@@ -9,7 +9,8 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.speed.findings import middle, ratio, results_of
+from benchmarks.speed.cells import ADAPTERHUB_BASE
+from benchmarks.speed.findings import compared, middle, results_of
 from benchmarks.speed.plans import GRIDS
 from benchmarks.speed.report import columns
 
@@ -22,11 +23,11 @@ def plot(grid: str) -> Path | None:
     entries = [entry for entry in results_of(grid) if middle(entry, beside)]
     if not entries:
         return None
-    names = [name for name in columns(entries) if name != beside]
+    names = [name for name in columns(entries) if name not in {beside, ADAPTERHUB_BASE}]
     figure, axes = plt.subplots(figsize=(7.2, 1.2 + 0.2 * (1 + len(names)) * len(entries)))
     for index, name in enumerate(names):
         places = [row * (len(names) + 1) + index for row in range(len(entries))]
-        axes.barh(places, [(ratio(entry, name, beside) or 1) - 1 for entry in entries], left=1, label=name)
+        axes.barh(places, [(compared(entry, name, beside) or 1) - 1 for entry in entries], left=1, label=name)
     axes.set_yticks([row * (len(names) + 1) + (len(names) - 1) / 2 for row in range(len(entries))])
     axes.set_yticklabels([entry["label"] for entry in entries], fontsize="x-small")
     axes.invert_yaxis()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from benchmarks.speed.findings import Entry, middle, ratio, results_of
+from benchmarks.speed.findings import Entry, compared, middle, results_of
 from benchmarks.speed.plans import GRIDS
 
 
@@ -13,8 +13,8 @@ def shown(entry: Entry, name: str, beside: str) -> str:
     value = middle(entry, name)
     if value is None:
         return "—" if name in entry["values"] else ""
-    compared = None if name == beside else ratio(entry, name, beside)
-    return in_words(entry["kind"], value) + (f" (× {compared:.2f})" if compared is not None else "")
+    relative = compared(entry, name, beside)
+    return in_words(entry["kind"], value) + (f" (× {relative:.2f})" if relative is not None else "")
 
 
 def in_words(kind: str, value: float) -> str:
@@ -48,7 +48,9 @@ def conditions(entries: Sequence[Entry]) -> str:
         + ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
         for entry in entries
     )
-    return "\n".join(dict.fromkeys(lines))
+    loads = sorted(entry["load"] for entry in entries)
+    busy = f"load of the machine at the end of each: {loads[0]} to {loads[-1]}"
+    return "\n".join([*dict.fromkeys(lines), busy])
 
 
 def text(grid: str) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.speed import models
 from benchmarks.speed.cells import BASE, CACHE_ENGINE, PEFT, PEFT_MLP, PREFIXKIT, PREFIXKIT_MLP, Cell
+from benchmarks.speed.jobs import batch_of, forget, step, step_to_embeddings
 from benchmarks.speed.prefixed import made
 from benchmarks.speed.timing import Conditions, Contender
 
@@ -20,47 +21,9 @@ class DisagreementError(AssertionError):
     """Two contenders do not do the same."""
 
 
-def batch_of(base: Any, cell: Cell, device: str) -> dict[str, torch.Tensor]:
-    """Random tokens without padding, as a collator gives them."""
-    drawn = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, base.config.vocab_size, (cell.batch, cell.length), generator=drawn).to(device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-
-
 def trained(model: Any) -> dict[str, torch.nn.Parameter]:
     """What trains in a model."""
     return {name: value for name, value in model.named_parameters() if value.requires_grad}
-
-
-def forget(model: Any) -> None:
-    """Take the gradients away."""
-    model.zero_grad(set_to_none=True)
-
-
-def step(model: Any, batch: dict[str, torch.Tensor], _: Any = None) -> torch.Tensor:
-    """Of a model with a prefix; its loss."""
-    loss = model(**batch).loss
-    loss.backward()
-    return loss
-
-
-def step_to_embeddings(model: Any, batch: dict[str, torch.Tensor], _: Any = None) -> torch.Tensor:
-    """Of the frozen base, which trains nothing: backward to the embeddings that enter the stack with the labels.
-
-    Backward through every layer, and to no weight, is what a prefix cannot do without.
-    """
-    inputs = dict(batch)
-    if model.config.is_encoder_decoder:
-        shifted = model.prepare_decoder_input_ids_from_labels(inputs["labels"])
-        embeddings = model.get_input_embeddings()(shifted).requires_grad_()
-        inputs["decoder_inputs_embeds"] = embeddings
-    else:
-        embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).requires_grad_()
-        inputs["inputs_embeds"] = embeddings
-    loss = model(**inputs).loss
-    loss.backward()
-    assert embeddings.grad is not None
-    return loss
 
 
 def contenders(cell: Cell, conditions: Conditions) -> list[Contender]:
