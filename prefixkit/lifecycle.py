@@ -145,6 +145,11 @@ def changing(model: PreTrainedModel) -> Iterator[Prefixes]:
     Raises:
         AttachmentError: Inside blocks in which the model is not itself.
     """
+    with torch.inference_mode(False):  # what is made there never trains, without a word
+        yield from _changing(model)
+
+
+def _changing(model: PreTrainedModel) -> Iterator[Prefixes]:
     old = find(model)
     if old is None:
         new = Prefixes()

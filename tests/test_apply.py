@@ -235,3 +235,15 @@ def test_attention_off_the_interface_is_refused_before_the_first_forward(monkeyp
     enable_checkpointing(model.train())
     with pytest.raises(EngineError, match="gradient checkpointing"):
         model(torch.tensor([[3, 4]]))
+
+
+@pytest.mark.parametrize("method", ["p-tuning-v2", "prefix-tuning"])
+def test_a_prefix_made_under_inference_mode_trains(method, tmp_path):
+    """Of what is made there, autograd keeps no gradients: parts of a prefix stayed as they were, without a word."""
+    bases = tiny.make("gpt2"), tiny.make("gpt2")
+    with torch.inference_mode():
+        prefixkit.save(prefixkit.apply(bases[0], method, num_virtual_tokens=3), tmp_path)
+        prefixkit.load(bases[1], tmp_path, trainable=True)
+    for model in bases:
+        model(**tiny.inputs(model))[0].square().mean().backward()
+        assert all(value.grad is not None and value.grad.any() for value in model.prefixkit.parameters())
