@@ -21,7 +21,7 @@ class Cell:
         length: Tokens of each.
         tokens: Virtual tokens, P.
         new_tokens: To generate.
-        attention: The model's ``attn_implementation``.
+        attention: The model's ``attn_implementation``; where none is named, its default, which is mostly sdpa.
     """
 
     kind: str
@@ -31,11 +31,11 @@ class Cell:
     length: int = 128
     tokens: int = 20
     new_tokens: int = 0
-    attention: str = "sdpa"
+    attention: str = ""
 
     @property
     def label(self) -> str:
         """Unique within a grid."""
         parts = [self.kind, self.model, f"batch {self.batch}", f"length {self.length}", f"P {self.tokens}"]
         parts += [f"+ {self.new_tokens}"] * bool(self.new_tokens)
-        return ", ".join([*parts, *[self.attention] * (self.attention != "sdpa")])
+        return ", ".join([*parts, *[self.attention] * bool(self.attention)])

@@ -61,11 +61,11 @@ SHAPES: dict[str, Callable[[], Any]] = {
 }
 
 
-def make(shape: str, attention: str = "sdpa", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+def make(shape: str, attention: str = "", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
     """A model with frozen random weights, the same ones at every call."""
     torch.manual_seed(0)
     config = SHAPES[shape]()
-    config._attn_implementation = attention  # what attn_implementation= of from_pretrained sets
+    config._attn_implementation = attention or None  # what attn_implementation= of from_pretrained sets
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device(device):
         model: PreTrainedModel = kind.from_config(config, dtype=dtype)
