@@ -172,6 +172,7 @@ def in_parts(monkeypatch):
     monkeypatch.setattr(attention_in_parts, "MANY_BYTES", 0)
 
 
+@pytest.mark.rare
 @pytest.mark.usefixtures("in_parts")
 class TestLlamaInParts(LlamaLike):
     """Attention to the prefix apart from attention to each row's own keys, with heads that share keys."""

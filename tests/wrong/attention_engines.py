@@ -528,8 +528,13 @@ class TestDecoderBeforeEncoder(T5):
 
 
 def put_as(monkeypatch, change):
-    """Have the engine join the prefix with keys and values as ``change(prefix, own, dropout)`` does."""
+    """Have the engine join the prefix with keys and values as ``change(prefix, own)`` does."""
     monkeypatch.setattr(prefix_state, "put_in_front", change)
+
+
+def cast_as(monkeypatch, change):
+    """Have the engine cast the prefix, and drop of it, as ``change(prefix, own, dropout)`` does."""
+    monkeypatch.setattr(prefix_state, "as_in_call", change)
 
 
 class TestPrefixPutBehind(Llama):
@@ -538,8 +543,8 @@ class TestPrefixPutBehind(Llama):
     caught_by = (PROMPT, ENGINES, CAUSAL)
 
     def plant(self, monkeypatch):
-        def put_behind(prefix, own, dropout):
-            return widening.put_in_front(prefix, own, dropout).roll(-prefix.shape[1], dims=2)
+        def put_behind(prefix, own):
+            return widening.put_in_front(prefix, own).roll(-prefix.shape[1], dims=2)
 
         put_as(monkeypatch, put_behind)
 
@@ -550,15 +555,15 @@ class TestTokensBackwards(T5):
     caught_by = (PROMPT, ENGINES)
 
     def plant(self, monkeypatch):
-        put_as(monkeypatch, lambda prefix, *rest: widening.put_in_front(prefix.flip(1), *rest))
+        put_as(monkeypatch, lambda prefix, own: widening.put_in_front(prefix.flip(1), own))
 
 
 class TestPrefixInTheFirstRowOnly(GPT2):
     caught_by = (PROMPT, PADDED, "test_beam_search")
 
     def plant(self, monkeypatch):
-        def put_in_front(prefix, own, dropout):
-            joined = widening.put_in_front(prefix, own, dropout)
+        def put_in_front(prefix, own):
+            joined = widening.put_in_front(prefix, own)
             others = torch.arange(len(own))[:, None, None, None] > 0
             return torch.cat([joined[:, :, : prefix.shape[1]].masked_fill(others, 0), own], dim=2)
 
@@ -572,7 +577,7 @@ class TestPrefixDetached(GPT2):
     fails_with = (RuntimeError,)
 
     def plant(self, monkeypatch):
-        put_as(monkeypatch, lambda prefix, *rest: widening.put_in_front(prefix.detach(), *rest))
+        put_as(monkeypatch, lambda prefix, own: widening.put_in_front(prefix.detach(), own))
 
 
 class TestKeysDetached(Bert):
@@ -590,11 +595,11 @@ class TestPrefixRoundedByTheCast(GPT2):
     caught_by = ("test_autocast", "test_half_precision_base")
 
     def plant(self, monkeypatch):
-        def put_in_front(prefix, own, dropout):
+        def as_in_call(prefix, own, dropout):
             prefix = prefix if prefix.dtype == own.dtype else prefix - prefix.detach() + prefix.detach().round()
-            return widening.put_in_front(prefix, own, dropout)
+            return widening.as_in_call(prefix, own, dropout)
 
-        put_as(monkeypatch, put_in_front)
+        cast_as(monkeypatch, as_in_call)
 
 
 class TestGradientOfTheFirstBatch(GPT2):
@@ -619,9 +624,9 @@ class TestReadsAValue(Llama):
     fails_with = (torch._dynamo.exc.TorchDynamoException,)
 
     def plant(self, monkeypatch):
-        def put_in_front(prefix, own, dropout):
+        def put_in_front(prefix, own):
             assert prefix.sum().item() < 1e9
-            return widening.put_in_front(prefix, own, dropout)
+            return widening.put_in_front(prefix, own)
 
         put_as(monkeypatch, put_in_front)
 
@@ -645,7 +650,7 @@ class TestNoDropout(GPT2):
     caught_by = (DROPOUT,)
 
     def plant(self, monkeypatch):
-        put_as(monkeypatch, lambda prefix, own, dropout: widening.put_in_front(prefix, own, 0.0))
+        cast_as(monkeypatch, lambda prefix, own, dropout: widening.as_in_call(prefix, own, 0.0))
 
 
 class TestOtherDropoutWhenRecomputed(GPT2):
@@ -654,12 +659,12 @@ class TestOtherDropoutWhenRecomputed(GPT2):
     def plant(self, monkeypatch):
         generator = torch.Generator().manual_seed(0)
 
-        def put_in_front(prefix, own, dropout):
+        def as_in_call(prefix, own, dropout):
             if dropout:
                 prefix = prefix * (torch.rand(prefix.shape, generator=generator) > dropout) / (1 - dropout)
-            return widening.put_in_front(prefix, own, 0.0)
+            return widening.as_in_call(prefix, own, 0.0)
 
-        put_as(monkeypatch, put_in_front)
+        cast_as(monkeypatch, as_in_call)
 
 
 # What travels with a call
