@@ -20,6 +20,7 @@ from prefixkit.attention_in_parts import attend, can_serve, pays
 from prefixkit.call import StackCall
 from prefixkit.errors import EngineError
 from prefixkit.infix import place_infix
+from prefixkit.kept import Kept, once
 from prefixkit.positions import place_positions
 from prefixkit.prefix_state import (
     MARK,
@@ -124,7 +125,14 @@ class AttentionEngine:
         return list({id(config): config for config in configs}.values())
 
     def before(
-        self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Served, flat: Any
+        self,
+        module: nn.Module,
+        stack: Stack,
+        arguments: dict[str, Any],
+        attachment: Served,
+        flat: Any,
+        *,
+        kept: Kept | None,
     ) -> dict[str, Any]:
         """The stack's arguments with positions moved and the state added."""
         if internals.is_checkpointing(module) and internals.uses_reentrant_checkpointing(module):
@@ -148,7 +156,7 @@ class AttentionEngine:
             behind = place_infix(arguments, call, attachment.host) if attachment.config.infix else None
             moved = True if behind is None else behind
             real = place_positions(module, stack, arguments, call, attachment.offset(stack), moved=moved)
-        state = self._state(module, stack, attachment, flat, real)
+        state = self._state(module, stack, attachment, flat, real, kept=kept)
         state.behind = behind
         return self.send(module, stack, arguments, attachment, state)
 
@@ -187,14 +195,12 @@ class AttentionEngine:
 
     @staticmethod
     def _state(
-        module: nn.Module, stack: Stack, attachment: Served, flat: Any, real: torch.Tensor | None
+        module: nn.Module, stack: Stack, attachment: Served, flat: Any, real: torch.Tensor | None, *, kept: Kept | None
     ) -> PrefixState:
         config = attachment.config
         moved = None if real is None else real + config.num_virtual_tokens
-        here = {site.place for site in stack.sites}
-        pieces = {} if attachment.adds else attachment.pieces(flat)
         state = PrefixState(
-            pieces={place: piece for place, piece in pieces.items() if place in here},
+            pieces={} if attachment.adds else once(kept, attachment, lambda: attachment.pieces(flat)),
             num_virtual_tokens=config.num_virtual_tokens,
             query_positions=moved,
             slide=config.window == "slide",
@@ -202,8 +208,9 @@ class AttentionEngine:
             shifts=attachment.shifts(stack),
             witness=None if torch.compiler.is_compiling() else Witness(),
             addition=attachment.addition(flat),
-            places=frozenset(here),
+            places=frozenset(site.place for site in stack.sites),
             lengths=attachment.lengths(),
+            kept=kept,
         )
         positions = stack.positions
         prefix_bias = positions.prefix_bias if isinstance(positions, PositionIds | RelativeBias) else None

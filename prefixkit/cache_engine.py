@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
     from prefixkit.attachment import Attachment
+    from prefixkit.kept import Kept
     from prefixkit.mixture import Served
 
 USE_ATTENTION = "use engine='attention'"
@@ -68,7 +69,14 @@ class CacheEngine:
         """Nothing to undo."""
 
     def before(
-        self, module: nn.Module, stack: Stack, arguments: dict[str, Any], attachment: Served, flat: Any
+        self,
+        module: nn.Module,
+        stack: Stack,
+        arguments: dict[str, Any],
+        attachment: Served,
+        flat: Any,
+        *,
+        kept: Kept | None,  # the cache keeps it
     ) -> dict[str, Any]:
         """The stack's arguments with a filled cache, wider masks and moved positions."""
         if internals.is_checkpointing(module):

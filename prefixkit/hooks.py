@@ -12,6 +12,7 @@ from prefixkit.adapter import PositionTable, Stack
 from prefixkit.attention_engine import AttentionEngine
 from prefixkit.errors import UnsupportedModelError
 from prefixkit.infix import AfterLabels, BeforeLabels
+from prefixkit.kept import once
 from prefixkit.positions import count_positions, forget_positions, look_up_placed
 from prefixkit.prefix_state import take_away
 
@@ -34,7 +35,8 @@ class BeforeModel:
         """Add the flat prefix to the keyword arguments."""
         if not self.prefixes.enabled:
             return None
-        return args, {**kwargs, FLAT: self.prefixes.flat()}
+        kept = self.prefixes.kept(kwargs.get("past_key_values"))
+        return args, {**kwargs, FLAT: once(kept, FLAT, self.prefixes.flat)}
 
 
 class BeforeStack:
@@ -48,7 +50,7 @@ class BeforeStack:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The arguments with the prefix, or as they were if it is disabled."""
         arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        flat = arguments.pop(FLAT, None)
+        handed = arguments.pop(FLAT, None)
         forget_positions()
         active = self.prefixes.attachment
         reading = self.prefixes.reading()
@@ -56,14 +58,14 @@ class BeforeStack:
             return (), AttentionEngine.send(module, self.stack, arguments, active, reading)
         if not self.prefixes.enabled:
             return (), active.engine.off(module, self.stack, arguments, active)
-        served = self.prefixes.served(arguments)
+        kept = self.prefixes.kept(arguments.get("past_key_values"))
+        served = self.prefixes.served(arguments, kept)
         stack = served.at(self.stack.path)
         if not stack.sites:
             count_positions(module, stack, arguments)
             return (), active.engine.off(module, stack, arguments, active)
-        if flat is None:
-            flat = served.flat(module)
-        return (), active.engine.before(module, stack, arguments, served, flat)
+        flat = once(kept, FLAT, lambda: served.flat(module) if handed is None else handed)
+        return (), active.engine.before(module, stack, arguments, served, flat, kept=kept)
 
 
 class AfterStack:

@@ -59,8 +59,12 @@ class WholeWeights(TorchFunctionMode):
 
 def whole_weights() -> AbstractContextManager[Any]:
     """:class:`WholeWeights` where there is more than this process, else nothing."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return WholeWeights() if several else nullcontext()
+    return WholeWeights() if may_share_weights() else nullcontext()
+
+
+def may_share_weights() -> bool:
+    """Whether there are other processes, with which this one may share its weights."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def is_spread(model: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from torch import nn
 
 from prefixkit.adapter import Site
 from prefixkit.errors import EngineError
+from prefixkit.kept import Kept, once
 from prefixkit.layout import KeyValue
 from prefixkit.widening import (
     additive,
@@ -60,7 +61,7 @@ class PrefixState:
     """The prefix during one call of one stack.
 
     Attributes:
-        pieces: K and V of the stack's sites, by the site's place.
+        pieces: K and V of the sites, by the site's place.
         num_virtual_tokens: Length P of the prefix.
         query_positions: Positions of the queries with the prefix counted, ``(batch or 1, queries)``;
             ``None`` where nothing asks for them.
@@ -78,6 +79,7 @@ class PrefixState:
         places: Of the sites that have a prefix in this call; others on the model are left alone.
         lengths: Where rows have prefixes of their own: how many of the virtual tokens, the last ones, each row
             sees, by the site's place. K and V are then ``(batch, kv_heads, P, dim)``.
+        kept: What the steps of one generation share; see :mod:`prefixkit.kept`.
     """
 
     pieces: dict[str, KeyValue]
@@ -94,6 +96,7 @@ class PrefixState:
     read: dict[str, KeyValue] | None = None
     places: frozenset[str] = frozenset()
     lengths: Mapping[str, tuple[int, ...]] | None = None
+    kept: Kept | None = None
     _causal: dict[tuple[int, int, torch.device], torch.Tensor] = field(default_factory=dict)
     _masks: list[tuple[Any, tuple[Any, ...], Any]] = field(default_factory=list)
 
@@ -392,7 +395,11 @@ def piece_of(module: nn.Module, site: Site, state: PrefixState, key: torch.Tenso
     check_heads(site, key, value)
     dropout = state.dropout if module.training else 0.0
     piece = state.pieces[site.place]
-    return KeyValue(as_in_call(piece.key, key, dropout), as_in_call(piece.value, value, dropout))
+
+    def as_here() -> KeyValue:
+        return KeyValue(as_in_call(piece.key, key, dropout), as_in_call(piece.value, value, dropout))
+
+    return as_here() if dropout else once(state.kept, (site.place, piece.key.shape, key.dtype, key.device), as_here)
 
 
 def check_heads(site: Site, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -23,6 +23,7 @@ from prefixkit.embeddings import reading_now
 from prefixkit.errors import AttachmentError, ConfigError, closest
 from prefixkit.head import head_parameters
 from prefixkit.hooks import add_hooks
+from prefixkit.kept import Kept, kept_for, once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,9 +120,18 @@ class Prefixes:
                 return state
         return None
 
-    def served(self, arguments: dict[str, Any]) -> Attachment | Mixture:
+    def served(self, arguments: dict[str, Any], kept: Kept | None) -> Attachment | Mixture:
         """What the call of a stack with ``arguments`` is served with."""
-        return self.attachment if self.rows is None else self.rows.mixture(self, batch_of(arguments))
+        if self.rows is None:
+            return self.attachment
+        batch, named = batch_of(arguments), self.rows
+        return once(kept, ("mixture", batch), lambda: named.mixture(self, batch))
+
+    def kept(self, cache: Any) -> Kept | None:
+        """What earlier calls made for one that goes on from ``cache``, as :func:`prefixkit.kept.kept_for`."""
+        used = [self.attachment] if self.rows is None else list(self.rows.used(self).values())
+        rows = () if self.rows is None else self.rows.names
+        return kept_for(cache, used, (rows, *(one.identity for one in used)))
 
     @property
     def puts_behind(self) -> bool:

@@ -378,6 +378,12 @@ def is_dynamic(cache: object) -> bool:
     return all(type(part) is DynamicCache and not getattr(part, "offloading", False) for part in parts)
 
 
+def cached_tokens(cache: object) -> int | None:
+    """How many tokens a native cache holds; ``None`` if it is none, or if only its device knows."""
+    length = cache.get_seq_length() if isinstance(cache, Cache) else None
+    return length if isinstance(length, int) else None
+
+
 def mark_prefix(cache: Cache, identity: str) -> None:
     """Remember which prefix ``cache`` holds; copies of the cache, and wrappers around it, remember it too."""
     for part in (cache, self_and_cross(cache)[0]):
