@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 PREFIXKIT, CACHE_ENGINE, PEFT, BASE, NATIVE = "prefixkit", "prefixkit (cache)", "PEFT", "base", "native cache"
 PREFIXKIT_MLP, PEFT_MLP = "prefixkit MLP", "PEFT MLP"
+STATIC, COMPILED = ", static cache", ", compiled"
+"""Behind a contender's name: it decodes into a static cache, and with a compiled forward into one."""
 ADAPTERHUB, ADAPTERHUB_BASE = "AdapterHub", "AdapterHub's base"
 
 

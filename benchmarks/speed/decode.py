@@ -6,10 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import CompileConfig
 
 import prefixkit
 from benchmarks.speed import models
-from benchmarks.speed.cells import BASE, NATIVE, PREFIXKIT, Cell
+from benchmarks.speed.cells import BASE, COMPILED, NATIVE, PREFIXKIT, STATIC, Cell
 from benchmarks.speed.jobs import batch_of, generate
 from benchmarks.speed.prefixed import fresh, made
 from benchmarks.speed.step import DisagreementError
@@ -28,8 +29,8 @@ def contenders(cell: Cell, conditions: Conditions) -> list[Contender]:
     inputs = batch_of(base, cell, conditions.device)
     del inputs["labels"]
     names = tuple(name for name in cell.contenders if name != NATIVE)
-    ready = made(names, base, cell.tokens, trainable=False)
-    found = [Contender(name, partial(_run, model, cell, inputs)) for name, model in ready.items()]
+    ready = made({_who(name) for name in names}, base, cell.tokens, trainable=False)
+    found = [Contender(name, partial(_run, ready[_who(name)], cell, inputs, _how(name))) for name in names]
     if NATIVE in cell.contenders:
         cache = prefixkit.to_cache(ready[PREFIXKIT], cell.batch)
         run = partial(generate, models.twin(base), cell, behind(inputs, cell.tokens))
@@ -38,8 +39,21 @@ def contenders(cell: Cell, conditions: Conditions) -> list[Contender]:
     return found
 
 
-def _run(model: Any, cell: Cell, inputs: dict[str, torch.Tensor], _: Any) -> torch.Tensor:
-    return generate(model, cell, inputs)
+def _who(name: str) -> str:
+    return name.removesuffix(STATIC).removesuffix(COMPILED)
+
+
+def _how(name: str) -> dict[str, Any]:
+    """What ``generate`` is told besides."""
+    if name.endswith(COMPILED):
+        everywhere = CompileConfig(mode="default")
+        everywhere._compile_all_devices = True  # it would compile on a GPU only
+        return {"cache_implementation": "static", "compile_config": everywhere}
+    return {"cache_implementation": "static", "disable_compile": True} if name.endswith(STATIC) else {}
+
+
+def _run(model: Any, cell: Cell, inputs: dict[str, torch.Tensor], options: dict[str, Any], _: Any) -> torch.Tensor:
+    return generate(model, cell, inputs, **options)
 
 
 def check(found: list[Contender]) -> None:
@@ -50,8 +64,9 @@ def check(found: list[Contender]) -> None:
     Raises:
         DisagreementError: Otherwise.
     """
-    tokens = {one.name: one.run(one.before()) for one in found if one.name != BASE}
-    half = next(iter(tokens.values())).shape[1] // 2
-    shares = {name: float((made == tokens[PREFIXKIT])[:, :half].float().mean()) for name, made in tokens.items()}
+    tokens = {one.name: one.run(one.before()) for one in found if _who(one.name) != BASE}
+    first = next(iter(tokens.values()))
+    half = first.shape[1] // 2
+    shares = {name: float((made == first)[:, :half].float().mean()) for name, made in tokens.items()}
     if min(shares.values()) < 0.9:
-        raise DisagreementError(f"shares of tokens that are those of prefixkit: {shares}")
+        raise DisagreementError(f"shares of tokens that are those of {next(iter(tokens))}: {shares}")

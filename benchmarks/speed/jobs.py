@@ -47,10 +47,12 @@ def step_to_embeddings(model: Any, batch: dict[str, torch.Tensor], _: Any = None
     return loss
 
 
-def generate(model: Any, cell: Cell, inputs: dict[str, torch.Tensor], cache: Any = None) -> torch.Tensor:
+def generate(
+    model: Any, cell: Cell, inputs: dict[str, torch.Tensor], cache: Any = None, **options: Any
+) -> torch.Tensor:
     """The new tokens."""
     given = {"past_key_values": cache} if cache is not None else {}
     count = {"min_new_tokens": cell.new_tokens, "max_new_tokens": cell.new_tokens}
     with torch.no_grad():
-        tokens = model.generate(**inputs, **given, **count, do_sample=False, pad_token_id=0)
+        tokens = model.generate(**inputs, **given, **count, **options, do_sample=False, pad_token_id=0)
     return tokens[:, -cell.new_tokens :]

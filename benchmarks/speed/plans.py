@@ -10,11 +10,13 @@ from benchmarks.speed.cells import (
     ADAPTERHUB_BASE,
     BASE,
     CACHE_ENGINE,
+    COMPILED,
     NATIVE,
     PEFT,
     PEFT_MLP,
     PREFIXKIT,
     PREFIXKIT_MLP,
+    STATIC,
     Cell,
 )
 from benchmarks.speed.memory import CHECKPOINTED
@@ -50,7 +52,7 @@ def train() -> Grid:
         replace(start, contenders=(PREFIXKIT, CACHE_ENGINE, PEFT, BASE, ADAPTERHUB, ADAPTERHUB_BASE)),
         *vary(start, "batch", (1, 2)),
         *vary(replace(start, batch=2), "length", (32, 512)),
-        *vary(replace(start, batch=2), "tokens", (200, 1024)),
+        *vary(replace(start, batch=2), "tokens", (200, 1024, 4096)),
         replace(start, model="gpt2-124m", batch=2),
         replace(start, model="t5-small"),
     ]
@@ -85,11 +87,17 @@ def decode() -> Grid:
     """Generation."""
     names = (PREFIXKIT, PEFT, BASE, NATIVE)
     start = Cell(kind="decode", model="llama-25m", contenders=names, length=16, new_tokens=24)
-    short = [
-        replace(cell, contenders=(*names, CACHE_ENGINE, ADAPTERHUB, ADAPTERHUB_BASE))
-        for cell in vary(start, "batch", (1, 8))
+    every = (*names, CACHE_ENGINE, ADAPTERHUB, ADAPTERHUB_BASE)
+    names = (PREFIXKIT_MLP, PEFT_MLP, BASE)
+    static = tuple(name + how for how in (STATIC, COMPILED) for name in (PREFIXKIT, BASE))
+    cells = [
+        replace(start, contenders=(*every, *static)),
+        replace(start, contenders=every, batch=8),
+        *vary(replace(start, batch=16), "tokens", (200, 1024)),
+        replace(start, batch=32, tokens=2048),
+        replace(start, model="narrow-gpt2", contenders=names),
+        replace(start, model="t5-small", batch=8, contenders=(PREFIXKIT, PEFT, BASE)),
     ]
-    cells = [*short, replace(start, batch=16, tokens=1024), replace(start, batch=32, tokens=2048)]
     large = [replace(start, model=model, batch=8, tokens=1024) for model in ("llama-1b", "llama-8b")]
     return Grid("greedy decoding of 24 tokens after a prompt of 16", tuple(cells), on_gpu=tuple(large))
 
@@ -114,4 +122,5 @@ def smallest(cell: Cell) -> Cell:
     tiny = {"llama-25m": "tiny-llama", "deep-llama": "tiny-llama", "narrow-gpt2": "tiny-gpt2", "none": "none"}
     small = {"batch": min(cell.batch, 2), "length": min(cell.length, 12), "tokens": min(cell.tokens, 5)}
     model = tiny.get(cell.model, "tiny-" + cell.model.split("-")[0])
-    return replace(cell, model=model, new_tokens=min(cell.new_tokens, 4), **small)
+    quick = tuple(name for name in cell.contenders if not name.endswith(COMPILED))  # compiling takes minutes
+    return replace(cell, model=model, contenders=quick, new_tokens=min(cell.new_tokens, 4), **small)
