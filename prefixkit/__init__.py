@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         PrefixkitError as PrefixkitError,
         UnknownAdapterError as UnknownAdapterError,
         UnsupportedModelError as UnsupportedModelError,
+        VerificationError as VerificationError,
     )
     from prefixkit.exporting import export as export
     from prefixkit.generic.stacks import generic_adapter as generic_adapter
@@ -141,6 +142,7 @@ _HOME = {
     "EngineError": "errors",
     "CheckpointError": "errors",
     "DataError": "errors",
+    "VerificationError": "errors",
 }
 
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604 - the names are strings

@@ -63,3 +63,7 @@ def closest(name: object, possible: Iterable[str]) -> str:
         return ""
     matches = difflib.get_close_matches(name, list(possible), n=1)
     return f" (did you mean {matches[0]!r}?)" if matches else ""
+
+
+class VerificationError(PrefixkitError):
+    """A program that should serve a prefix does not say what the model with the prefix says."""
