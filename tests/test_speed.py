@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.speed import __main__ as command, adapterhub, criteria, findings, measuring, memory, report, step
+from benchmarks.speed import __main__ as command, adapterhub, criteria, findings, measuring, memory, report, step, where
 from benchmarks.speed.cells import ADAPTERHUB, ADAPTERHUB_BASE, BASE, PEFT, PREFIXKIT, Cell
 from benchmarks.speed.plans import GRIDS, smallest
 from benchmarks.speed.timing import Conditions, Contender, in_turns
@@ -134,3 +134,17 @@ def test_criteria_name_cells_that_are_planned(results):
         for index, cell in enumerate(plan.cells):
             written(grid, index, {name: [2.0 + place] for place, name in enumerate(cell.contenders)})
     assert all(measured is not None for _, measured, _ in criteria.verdicts())
+
+
+def test_where_the_time_goes_is_all_of_it():
+    def run(_):
+        torch.ones(400, 400) @ torch.ones(400, 400)
+        torch.cat([torch.ones(10**6), torch.ones(10**6)])
+
+    found = where.seconds_by_kind(Contender("x", run))
+    assert found["matrix products"] > 0 < found["copies"]
+    assert [
+        where.kind_of(f"aten::{name}") for name in ("mm", "_scaled_dot_product_flash_attention_for_cpu", "cat")
+    ] == [*("matrix products", "attention", "copies")]
+    assert where.kind_of("aten::comment") == "other operators" == where.kind_of("aten::concatenation")
+    assert where.table({"x": found}).count("\n") == 6
