@@ -7,7 +7,7 @@ author = "the prefixkit authors"
 version = release = prefixkit.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.doctest"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_static"]  # tables that pages include lie with the plots
 
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # an ``Attributes:`` section is a list of fields, not one entry per attribute

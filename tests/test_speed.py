@@ -148,3 +148,13 @@ def test_where_the_time_goes_is_all_of_it():
     ] == [*("matrix products", "attention", "copies")]
     assert where.kind_of("aten::comment") == "other operators" == where.kind_of("aten::concatenation")
     assert where.table({"x": found}).count("\n") == 6
+
+
+def test_cells_with_other_contenders_have_a_table_of_their_own():
+    entries = [
+        {"label": label, "kind": "step", "values": {name: [1.0] for name in names}}
+        for label, names in (("a", (BASE, PEFT)), ("b", (BASE,)), ("c", (BASE, PEFT)))
+    ]
+    heads = [text.splitlines()[0] for text in report.tables(entries, BASE).split("\n\n")]
+    assert heads == [f"| | {BASE} | {PEFT} |", f"| | {BASE} |"]
+    assert report.tables(entries, BASE).split("\n\n")[0].count("\n") == 3

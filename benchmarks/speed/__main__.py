@@ -5,7 +5,7 @@
     python -m benchmarks.speed check
 
 ``run`` measures every cell of the grid, everyone in turns, and replaces what was measured on this machine before.
-``show`` prints a table, each median with its ratio, and draws a plot for the documentation.
+``show`` prints a table, each median with its ratio, and writes it and a plot for the documentation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import transformers
 
 from benchmarks.speed import criteria, report
 from benchmarks.speed.adapterhub import OVERLAY
-from benchmarks.speed.findings import write
+from benchmarks.speed.findings import results_of, write
 from benchmarks.speed.measuring import measure
 from benchmarks.speed.plans import GRIDS
 from benchmarks.speed.timing import Conditions
@@ -60,8 +60,10 @@ def draw(grid: str) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print("pip install -r benchmarks/requirements.txt draws a plot too")
         return
-    from benchmarks.speed.plots import plot
+    from benchmarks.speed.plots import plot, write_table
 
+    if results_of(grid):
+        write_table(grid)
     print(plot(grid) or "")
 
 

@@ -1,4 +1,4 @@
-"""Plots of what was measured."""
+"""Plots of what was measured, and the tables beside them in the documentation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ import matplotlib.pyplot as plt
 from benchmarks.speed.cells import ADAPTERHUB_BASE
 from benchmarks.speed.findings import compared, middle, results_of
 from benchmarks.speed.plans import GRIDS
-from benchmarks.speed.report import columns
+from benchmarks.speed.report import columns, tables
 
 PLOTS = Path(__file__).parents[2] / "docs/_static/speed"
+
+
+def write_table(grid: str) -> None:
+    """The table that the page of the documentation includes."""
+    PLOTS.mkdir(parents=True, exist_ok=True)
+    entries = results_of(grid)
+    (PLOTS / f"{grid}.md").write_text(tables(entries, GRIDS[grid].beside) + "\n", encoding="utf-8")
 
 
 def plot(grid: str) -> Path | None:

@@ -41,6 +41,13 @@ def table(entries: Sequence[Entry], beside: str) -> str:
     return "\n".join(lines)
 
 
+def tables(entries: Sequence[Entry], beside: str) -> str:
+    """A table for each set of contenders, so that none is mostly empty."""
+    sets = dict.fromkeys(tuple(entry["values"]) for entry in entries)
+    groups = ([entry for entry in entries if tuple(entry["values"]) == names] for names in sets)
+    return "\n\n".join(table(group, beside) for group in groups)
+
+
 def conditions(entries: Sequence[Entry]) -> str:
     """On what, and with what, a line for each that differs."""
     lines = (
@@ -58,4 +65,4 @@ def text(grid: str) -> str:
     entries = results_of(grid)
     if not entries:
         return f"nothing measured; python -m benchmarks.speed run {grid}"
-    return f"{table(entries, GRIDS[grid].beside)}\n\n{conditions(entries)}"
+    return f"{tables(entries, GRIDS[grid].beside)}\n\n{conditions(entries)}"
