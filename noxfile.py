@@ -85,7 +85,8 @@ def peers(session: nox.Session) -> None:
         session.run(*install, "transformers==4.57.6")
         session.run(*install, "--no-deps", "adapters==1.3.0")
     session.run("pytest", "tests/test_beside_peft.py", "tests/test_comparison.py", *session.posargs)
-    session.run("pytest", "tests/test_beside_adapterhub.py", *session.posargs, env={"PYTHONPATH": str(overlay)})
+    path = os.pathsep.join(filter(None, [str(overlay), os.environ.get("PYTHONPATH")]))
+    session.run("pytest", "tests/test_beside_adapterhub.py", *session.posargs, env={"PYTHONPATH": path})
 
 
 @nox.session
