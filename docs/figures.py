@@ -68,7 +68,7 @@ def numbered(letter: str, count: int) -> list[str]:
 
 def layers() -> Figure:
     """What happens: trained keys and values in front of every layer of a frozen model."""
-    figure, axes = canvas(15, 11.6)
+    figure, axes = canvas(15, 10.9)
     label(axes, 3.9, 0.6, "trained", align="center")
     label(axes, 10.5, 0.6, "frozen model", align="center")
     for index, name in enumerate(("layer L", "⋮", "layer 2", "layer 1")):
@@ -109,7 +109,7 @@ def sequence() -> Figure:
 
 def attention() -> Figure:
     """Where keys and values go in one layer."""
-    figure, axes = canvas(15, 10.2)
+    figure, axes = canvas(15, 9.9)
     label(axes, 4.0, 0.6, "prefix", align="center")
     label(axes, 10, 0.6, "text", align="center")
     for name, y in (("$K$", 1.3), ("$V$", 2.8), ("$Q$", 5.4)):
@@ -167,7 +167,7 @@ def positions() -> Figure:
 
 def flat() -> Figure:
     """The matrix of P rows, and what a column belongs to."""
-    figure, axes = canvas(15, 11.6)
+    figure, axes = canvas(15, 10.7)
     for layer in range(3):
         x = 2.4 + 4.2 * layer
         label(axes, x + 2, 0.6, "…" if layer == 1 else f"layer {('1', '', 'L')[layer]}", align="center")
