@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -73,6 +74,25 @@ def versions(session: nox.Session, transformers: str) -> None:
             f"transformers=={transformers}",  # with what it needs of its own; torch is not among it
         )
     session.run("pytest", *EVERY_CORE, *session.posargs, env={"PYTHONPATH": str(overlay)})
+
+
+@nox.session
+def peers(session: nox.Session) -> None:
+    """What the comparison says of PEFT and AdapterHub, which needs a transformers of its own."""
+    overlay = Path(os.environ.get("ADAPTERHUB_OVERLAY", ".nox/adapterhub"))
+    if not overlay.exists():
+        install = (sys.executable, "-m", "pip", "install", "--quiet", "--target", str(overlay))
+        session.run(*install, "transformers==4.57.6")
+        session.run(*install, "--no-deps", "adapters==1.3.0")
+    session.run("pytest", "tests/test_beside_peft.py", "tests/test_comparison.py", *session.posargs)
+    path = os.pathsep.join(filter(None, [str(overlay), os.environ.get("PYTHONPATH")]))
+    session.run("pytest", "tests/test_beside_adapterhub.py", *session.posargs, env={"PYTHONPATH": path})
+
+
+@nox.session
+def figures(session: nox.Session) -> None:
+    """Draw the figures of the documentation."""
+    session.run("python", "docs/figures.py")
 
 
 @nox.session

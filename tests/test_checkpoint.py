@@ -110,6 +110,17 @@ def test_head_is_saved_with_the_prefix(tmp_path):
         assert torch.equal(fresh.score.weight, base["score.weight"])
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_files_are_the_prefix_and_little_else(tmp_path, name):
+    model = tuned(name)
+    prefixkit.save(model, tmp_path)
+    numbers = sum(site.width for site in prefixkit.sites(model)) * TOKENS
+    sizes = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
+    assert sizes.keys() == {"prefix.safetensors", "prefix_config.json"}
+    assert 4 * numbers < sizes["prefix.safetensors"] < 4 * numbers + 2000
+    assert sizes["prefix_config.json"] < 2000
+
+
 def test_a_body_takes_the_prefix_of_a_language_model(tmp_path):
     model = tuned()
     prefixkit.save(model, tmp_path)
