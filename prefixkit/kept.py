@@ -74,8 +74,9 @@ def kept_for(cache: Any, attachments: Iterable[Attachment], names: Hashable) -> 
     if length is None or placement.may_share_weights() or any(encoder.training for encoder in encoders):
         return None
     tensors = [tensor for encoder in encoders for tensor in chain(encoder.parameters(), encoder.buffers())]
-    if not all(map(_is_plain, tensors)):
+    if not tensors or not all(map(_is_plain, tensors)):
         return None
+    names = names, torch.is_autocast_enabled(tensors[0].device.type)
     shelf = _shelves.get(cache)
     if not length or shelf is None or not shelf.is_of(names, tensors):
         shelf = _shelves[cache] = _Shelf(names, [_Mark.of(tensor) for tensor in tensors])

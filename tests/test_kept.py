@@ -207,6 +207,16 @@ def test_rows_share_their_mixture_and_no_other(monkeypatch):
     assert len(made) == 2
 
 
+def test_what_autocast_made_is_not_for_steps_without_it():
+    model, tokens, cache = prefixed(method="prefix-tuning"), tokens_of(), DynamicCache()
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            step(model, tokens[:, :2], cache)
+        copied = copy.deepcopy(cache)
+        found = step(model, tokens[:, 2:], cache)
+    assert torch.equal(found, step(model, tokens[:, 2:], copied))  # with gradients: nothing is kept
+
+
 def test_dropout_is_drawn_at_every_step():
     model, tokens = prefixed(prefix_dropout=0.5).train(), tokens_of()
     torch.manual_seed(0)
