@@ -482,6 +482,19 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path, refused, monkeypatc
     assert not (tmp_path / "ran").exists()
 
 
+def test_code_for_a_task_of_a_known_model_is_never_run(tmp_path, refused, monkeypatch):
+    """transformers would ask on the terminal, where its own classes have no such task."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder = tmp_path / "model"
+    saved_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForMaskedLM": "evil.M"}}))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write('ran')\nclass M: pass\n")
+    message = refused("inspect", folder, "--task", "masked-lm")
+    assert "code of the model's own, which prefixkit never runs; pass another --task" in message
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.fixture
 def peft_folder(tmp_path):
     """A prefix in PEFT's files, with its base beside it."""
