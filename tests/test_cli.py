@@ -141,6 +141,11 @@ def test_broken_plugins_say_why(run, monkeypatch):
     assert re.search(r"broken plugin.*\nbad-one +3 +mine +ImportError: no 'x'$", run("plugins"), re.MULTILINE)
 
 
+def test_two_plugins_for_one_type_are_shown(run, monkeypatch):
+    monkeypatch.setattr("prefixkit.discovery.Registry.conflicts", lambda _: ["two distributions bring …"])
+    assert run("plugins").endswith("\n\nconflict: two distributions bring …\n")
+
+
 def test_long_cells_are_wrapped(monkeypatch):
     monkeypatch.setenv("COLUMNS", "45")
     made = table.table(("a", "words"), [("x", "one two three four five six seven eight nine ten eleven")])
