@@ -68,8 +68,8 @@ def with_weights(
     import torch
 
     kind = model_class(config, task)
-    settings = {"config": config, "dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
-    model, info = having(place, lambda: kind.from_pretrained(place, **settings))
+    settings = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+    model, info = having(place, lambda: kind.from_pretrained(place, trust_remote_code=False, **settings))
     new = sorted(set(needed) & set(info["missing_keys"]))
     if new:
         raise CommandError(
