@@ -17,7 +17,7 @@ from prefixkit.template.__main__ import main
 from prefixkit.testing import Conformance
 
 ROOT = Path(__file__).parents[1]
-CORE = "installed or tiny_model or sites_are or every_slot or prefix_of_a_text or greedy"
+CORE = "installed or tiny_model or sites_are or every_slot or prefix_of_a_text"
 """A few seconds of the kit's tests, and the two of the template itself."""
 
 
@@ -45,7 +45,7 @@ def test_what_is_made_passes_its_tests(tmp_path):
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     counts = re.search(r"(\d+) passed, \d+ deselected, 1 xfailed", done.stdout)
-    assert int(counts[1]) > 20, done.stdout
+    assert int(counts[1]) > 10, done.stdout
 
 
 def test_every_file_is_there_and_nothing_keeps_the_made_up_name(tmp_path):

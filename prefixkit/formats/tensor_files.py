@@ -35,8 +35,8 @@ class SafeTensors(Mapping[str, torch.Tensor]):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.file = _open(path)
-            self.names = tuple(self.file.keys())
+            self.file: Any = _open(path)
+            self.names: tuple[str, ...] = tuple(self.file.keys())
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
 

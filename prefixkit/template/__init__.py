@@ -1,7 +1,8 @@
 """A plugin of one's own, from a repository that is complete and passes its tests: ``python -m prefixkit.template``.
 
-``prefixkit-mytype`` beside this file is that repository: the plugin for GPT-2 under a made-up name, with what a
-distribution needs around it. Making a plugin is copying it and putting the real name in the place of the made-up one.
+``_repository`` beside this file is that repository: the plugin that the documentation explains, under a made-up name,
+with what a distribution needs around it. Making a plugin is copying it and putting the real name in the place of the
+made-up one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from prefixkit.discovery import plugins
 from prefixkit.errors import PluginError
 
-TEMPLATE = Path(__file__).parent / "prefixkit-mytype"
+TEMPLATE: Path = Path(__file__).parent / "_repository"
 _TYPE = re.compile(r"[A-Za-z0-9]+([._-][A-Za-z0-9]+)*")
 _LEFT_BEHIND = ("__pycache__", ".pytest_cache")
 """What running the template itself leaves in it."""
