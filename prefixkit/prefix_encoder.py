@@ -61,7 +61,7 @@ class PrefixEncoder(nn.Module):
             self.embedding: nn.Embedding = nn.Embedding(rows, width, dtype=dtype)
             nn.init.normal_(self.embedding.weight, std=FLAT_STD)
             return
-        self.embedding: nn.Embedding = nn.Embedding(rows, shape.hidden_size, dtype=dtype)
+        self.embedding = nn.Embedding(rows, shape.hidden_size, dtype=dtype)
         self.transform = nn.Sequential(
             nn.Linear(shape.hidden_size, encoder_hidden_size, dtype=dtype),
             nn.Tanh(),
