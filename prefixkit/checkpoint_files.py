@@ -85,7 +85,7 @@ class OwnCheckpoint:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.config = read_config(directory)
+        self.config: PrefixConfig = read_config(directory)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the tensors by name, without reading their numbers."""

@@ -78,7 +78,7 @@ class Registry:
 
         Raises:
             UnknownAdapterError: If a plugin of that name failed to load, with the reason.
-            AdapterConflictError: If two distributions bring one.
+            AdapterConflictError: If two distributions bring one, or two modules of one.
         """
         named = [entry for entry in self._entries if entry.name == model_type]
         found = self._adapters(named, model_type) or self._adapters(self._entries, model_type)
@@ -93,11 +93,21 @@ class Registry:
 
             return generic_adapter()
         if len(found) > 1:
+            distributions = sorted({distribution for distribution, _ in found})
+            several = len(distributions) > 1
+            who = "two distributions" if several else f"two modules of {distributions[0]}"
+            names = distributions if several else sorted(module for _, module in found)
             raise AdapterConflictError(
-                f"two distributions bring an adapter for model type {model_type!r}: "
-                f"{' and '.join(sorted(found))}; uninstall one, or pass adapter= to choose"
+                f"{who} bring an adapter for model type {model_type!r}: "
+                f"{' and '.join(names)}; uninstall one, or pass adapter= to choose"
             )
         return next(iter(found.values()))
+
+    def conflicts(self) -> list[str]:
+        """For every model type that two plugins serve and :meth:`adapter_for` refuses, why."""
+        served = [name for info in self.plugins() for name in info.model_types]
+        twice = sorted({name for name in served if served.count(name) > 1})
+        return [message for message in map(self._conflict, twice) if message]
 
     def method(self, name: str) -> Method:
         """The method called ``name``.
@@ -126,13 +136,21 @@ class Registry:
         """All plugins, loaded; a broken one carries its error."""
         return [self._info(entries) for entries in self._by_module()]
 
-    def _adapters(self, entries: Iterable[EntryPoint], model_type: str) -> dict[str, Adapter]:
+    def _adapters(self, entries: Iterable[EntryPoint], model_type: str) -> dict[tuple[str, str], Adapter]:
+        """Adapters by distribution and module; a module may have several entry points."""
         return {
-            _distribution(entry): adapter
+            (_distribution(entry), entry.value): adapter
             for entry in entries
             for adapter in self._load(entry).adapters
             if model_type in adapter.model_types
         }
+
+    def _conflict(self, model_type: str) -> str:
+        try:
+            self.adapter_for(model_type)
+        except AdapterConflictError as error:
+            return str(error)
+        return ""
 
     def _method_names(self) -> set[str]:
         brought = (method for entry in self._entries for method in self._load(entry).methods)

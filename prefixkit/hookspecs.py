@@ -21,8 +21,8 @@ from prefixkit.method import Method
 
 PROJECT = "prefixkit"
 
-hookspec = pluggy.HookspecMarker(PROJECT)
-hookimpl = pluggy.HookimplMarker(PROJECT)
+hookspec: pluggy.HookspecMarker = pluggy.HookspecMarker(PROJECT)
+hookimpl: pluggy.HookimplMarker = pluggy.HookimplMarker(PROJECT)
 """Marks a function as an implementation of one of the hooks below."""
 
 

@@ -113,7 +113,7 @@ class BeforeLabels:
 
     def __init__(self, prefixes: Prefixes, names: tuple[str, ...]) -> None:
         self.prefixes = prefixes
-        self.identity = prefixes.identity
+        self.identity: str = prefixes.identity
         self.names = names
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -150,7 +150,7 @@ class GenerateBehind(OwnGenerate):
     def __init__(self, model: PreTrainedModel, prefixes: Prefixes) -> None:
         super().__init__(model)
         self.prefixes = prefixes
-        self.identity = prefixes.identity
+        self.identity: str = prefixes.identity
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the method of the class."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from prefixkit.attachment import Attachment
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 WORDS: Final = ("auto", "tokens", "matched", "zeros", "random")
 SAMPLED = 64

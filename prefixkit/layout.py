@@ -35,14 +35,15 @@ class Layout:
     """
 
     def __init__(self, sites: Iterable[Site]) -> None:
-        self.sites = tuple(sorted(sites, key=lambda site: (STACKS.index(site.stack), site.layer)))
+        in_order = sorted(sites, key=lambda site: (STACKS.index(site.stack), site.layer))
+        self.sites: tuple[Site, ...] = tuple(in_order)
         if not self.sites:
             raise PluginError("the adapter names no site")
         places = [site.place for site in self.sites]
         twice = sorted({place for place in places if places.count(place) > 1})
         if twice:
             raise PluginError(f"the adapter names these sites twice: {', '.join(twice)}")
-        self.width = sum(site.width for site in self.sites)
+        self.width: int = sum(site.width for site in self.sites)
 
     def split(self, flat: torch.Tensor) -> list[KeyValue]:
         """Views of ``flat`` as K and V, one pair for each of :attr:`sites`.

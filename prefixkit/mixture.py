@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from prefixkit.adapter import Stack
     from prefixkit.additions import Addition
+    from prefixkit.attention_engine import AttentionEngine
+    from prefixkit.cache_engine import CacheEngine
+    from prefixkit.prefix_config import PrefixConfig
     from prefixkit.prefixes import Prefixes
 
 Flats = Mapping[str, torch.Tensor]
@@ -85,10 +88,15 @@ class Mixture:
         first = next(iter(used.values()))
         tokens = max(one.config.num_virtual_tokens for one in used.values())
         # Dropout is each prefix's own, and applied where their numbers are put together.
-        self.config = replace(first.config, num_virtual_tokens=tokens, method_options={}, num_frozen_tokens=0)
-        self.engine, self.host, self.gives, self.adds = first.engine, first.host, first.gives, False
-        self.stacks = merged_stacks(used.values())
-        self.layout = Layout(site for stack in self.stacks for site in stack.sites)
+        self.config: PrefixConfig = replace(
+            first.config, num_virtual_tokens=tokens, method_options={}, num_frozen_tokens=0
+        )
+        self.engine: AttentionEngine | CacheEngine = first.engine
+        self.host: str = first.host
+        self.gives: str = first.gives
+        self.adds: bool = False
+        self.stacks: tuple[Stack, ...] = merged_stacks(used.values())
+        self.layout: Layout = Layout(site for stack in self.stacks for site in stack.sites)
 
     def at(self, path: str) -> Stack:
         """The stack at ``path``, with the sites of these prefixes."""

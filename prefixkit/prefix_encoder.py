@@ -58,7 +58,7 @@ class PrefixEncoder(nn.Module):
         width = shape.width if columns is None else int(columns.max()) + 1
         self.transform: nn.Sequential | None = None
         if not prefix_projection:
-            self.embedding = nn.Embedding(rows, width, dtype=dtype)
+            self.embedding: nn.Embedding = nn.Embedding(rows, width, dtype=dtype)
             nn.init.normal_(self.embedding.weight, std=FLAT_STD)
             return
         self.embedding = nn.Embedding(rows, shape.hidden_size, dtype=dtype)
@@ -128,7 +128,7 @@ class VirtualTokens(nn.Module):
 
     def __init__(self, shape: PrefixShape) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(shape.num_virtual_tokens, shape.embedding_size, dtype=torch.float32)
+        self.embedding: nn.Embedding = nn.Embedding(shape.num_virtual_tokens, shape.embedding_size, dtype=torch.float32)
         nn.init.normal_(self.embedding.weight, std=FLAT_STD)
 
     def forward(self) -> torch.Tensor:
@@ -149,7 +149,7 @@ class Memory(nn.Module):
 
     def __init__(self, shape: PrefixShape) -> None:
         super().__init__()
-        self.matrices = nn.Parameter(torch.zeros(1, shape.memory_size, dtype=torch.float32))
+        self.matrices: nn.Parameter = nn.Parameter(torch.zeros(1, shape.memory_size, dtype=torch.float32))
 
     def forward(self) -> torch.Tensor:
         """``(1, memory_size)``."""

@@ -73,7 +73,7 @@ class HeadOfRows:
         self.path = path
         self.prefixes = prefixes
         self.rows = rows
-        self.under_way = False
+        self.under_way: bool = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """For each row what the head gives with its prefix's values."""

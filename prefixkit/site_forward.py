@@ -26,8 +26,8 @@ class CacheInFront:
 
     def __init__(self, module: nn.Module, cache: Any) -> None:
         self.module = module
-        self.cache = None if cache is None else internals.self_and_cross(cache)[0]
-        self.used = False
+        self.cache: Any = None if cache is None else internals.self_and_cross(cache)[0]
+        self.used: bool = False
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any

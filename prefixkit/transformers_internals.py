@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, wraps
 from inspect import Parameter, signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -26,10 +26,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 
 from prefixkit.errors import EngineError
 
-try:
+if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-except ImportError:  # its name before transformers 5.0
-    from transformers import PretrainedConfig as PreTrainedConfig
+else:
+    try:
+        from transformers import PreTrainedConfig
+    except ImportError:  # its name before transformers 5.0
+        from transformers import PretrainedConfig as PreTrainedConfig
 
 AttentionFunction = Callable[..., tuple[torch.Tensor, Any]]
 
@@ -217,7 +220,7 @@ class SiteForward:
         self.module = module
         self.function = function
         self.serves = serves
-        self.names = parameter_names(type(module))
+        self.names: tuple[str, ...] = parameter_names(type(module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As ``module.forward``."""

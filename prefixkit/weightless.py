@@ -31,7 +31,10 @@ def weightless(kind: type[Any], config: PretrainedConfig) -> PreTrainedModel:
         config: Its config.
     """
     with _parameters_on_meta():
-        model: PreTrainedModel = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+        model: PreTrainedModel = (
+            # Without the word, transformers asks on the terminal whether to run code that the config names.
+            kind.from_config(config, trust_remote_code=False) if hasattr(kind, "from_config") else kind(config)
+        )
     numbers = _Numbers(model)
     filled: dict[int, nn.Parameter] = {}
     for module in model.modules():

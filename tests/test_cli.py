@@ -141,6 +141,11 @@ def test_broken_plugins_say_why(run, monkeypatch):
     assert re.search(r"broken plugin.*\nbad-one +3 +mine +ImportError: no 'x'$", run("plugins"), re.MULTILINE)
 
 
+def test_two_plugins_for_one_type_are_shown(run, monkeypatch):
+    monkeypatch.setattr("prefixkit.discovery.Registry.conflicts", lambda _: ["two distributions bring …"])
+    assert run("plugins").endswith("\n\nconflict: two distributions bring …\n")
+
+
 def test_long_cells_are_wrapped(monkeypatch):
     monkeypatch.setenv("COLUMNS", "45")
     made = table.table(("a", "words"), [("x", "one two three four five six seven eight nine ten eleven")])
@@ -479,6 +484,19 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path, refused, monkeypatc
     )
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write('ran')")
     assert "code of its own, which prefixkit never runs" in refused("inspect", folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_for_a_task_of_a_known_model_is_never_run(tmp_path, refused, monkeypatch):
+    """transformers would ask on the terminal, where its own classes have no such task."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder = tmp_path / "model"
+    saved_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModelForMaskedLM": "evil.M"}}))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write('ran')\nclass M: pass\n")
+    message = refused("inspect", folder, "--task", "masked-lm")
+    assert "code of the model's own, which prefixkit never runs; pass another --task" in message
     assert not (tmp_path / "ran").exists()
 
 

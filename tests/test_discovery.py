@@ -114,6 +114,25 @@ def test_conflict_names_both_distributions_in_any_order(plugin):
         )
 
 
+def test_a_conflict_within_one_distribution_is_one_too(plugin):
+    entries = [plugin("one", GOOD.format(types=("one",)), dist="alpha") for _ in range(2)]
+    for order in (entries, entries[::-1]):
+        with pytest.raises(AdapterConflictError, match="^two modules of alpha bring an adapter for model type 'one': "):
+            Registry(lambda order=order: order).adapter_for("one")
+
+
+def test_all_conflicts_are_listed_and_nothing_else(plugin):
+    """A type's own plugin is asked alone, so one that serves the type without saying so is no conflict."""
+    one, two = (plugin("one", GOOD.format(types=("one", "cousin")), dist=dist) for dist in ("alpha", "beta"))
+    silent = plugin("other", GOOD.format(types=("other", "third")))
+    third = plugin("third", GOOD.format(types=("third",)))
+    assert Registry(lambda: [silent, third]).conflicts() == []
+    assert [message.split(":")[0] for message in Registry(lambda: [one, two, silent, third]).conflicts()] == [
+        "two distributions bring an adapter for model type 'cousin'",
+        "two distributions bring an adapter for model type 'one'",
+    ]
+
+
 BROKEN = [
     (
         "def prefixkit_adapters():\n    return []",

@@ -467,6 +467,17 @@ def test_a_pickle_that_would_run_is_refused_and_does_not(case, old, tmp_path):
     assert trace.exists(), "the pickle was harmless, so nothing was tested"
 
 
+def test_no_pickle_is_read_by_a_torch_that_cannot_do_so_safely(tmp_path, monkeypatch):
+    """CVE-2025-32434: before 2.6, ``weights_only=True`` did not keep a file from running code."""
+    write_case("peft", tmp_path)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
+    for version in ("2.5.1+cu121", "2.4.0"):
+        monkeypatch.setattr(torch, "__version__", version)
+        refused("gpt2", tmp_path, f".* is a pickle, which torch {re.escape(version)} cannot read safely .*")
+    monkeypatch.undo()
+    prefixkit.load(MODELS["gpt2"](), tmp_path)
+
+
 def write_case(case, folder):
     if case == "peft":
         trained("gpt2").save_pretrained(folder, safe_serialization=False)

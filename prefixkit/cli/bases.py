@@ -25,6 +25,8 @@ TASKS = {
     "body": "AutoModel",
 }
 """The classes that have a shorter name on the command line."""
+OWN_CODE = "trust_remote_code"
+"""In what transformers says where a model brings code of its own."""
 
 
 def base_config(place: str, *, num_labels: int | None = None, revision: str | None = None) -> PretrainedConfig:
@@ -66,8 +68,8 @@ def with_weights(
     import torch
 
     kind = model_class(config, task)
-    settings = {"config": config, "dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
-    model, info = having(place, lambda: kind.from_pretrained(place, **settings))
+    settings = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+    model, info = having(place, lambda: kind.from_pretrained(place, trust_remote_code=False, **settings))
     new = sorted(set(needed) & set(info["missing_keys"]))
     if new:
         raise CommandError(
@@ -106,7 +108,7 @@ def having(place: str, load: Callable[[], Any]) -> Any:
         raise
     # Files may be damaged in many ways, and transformers and its parts have an error for each.
     except Exception as error:
-        if "trust_remote_code" in str(error):
+        if OWN_CODE in str(error):
             raise CommandError(f"{place!r} brings code of its own, which prefixkit never runs") from error
         reason = " ".join(str(error).split())
         raise CommandError(f"cannot load a model from {place!r}: {reason}") from error
@@ -119,6 +121,8 @@ def _unfit(config: PretrainedConfig, kind: Any) -> Iterator[None]:
     # Configs may say anything, and models fail on it in as many ways.
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
+        if OWN_CODE in str(error):
+            reason = "that is code of the model's own, which prefixkit never runs"
         raise CommandError(
             f"a model of type {config.model_type!r} cannot be made as {kind.__name__}: {reason}; pass another --task"
         ) from error

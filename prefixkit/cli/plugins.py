@@ -6,7 +6,7 @@ import argparse
 
 from prefixkit import __version__
 from prefixkit.cli.table import table
-from prefixkit.discovery import PluginInfo, plugins
+from prefixkit.discovery import PluginInfo, installed, plugins
 from prefixkit.methods import prefixkit_methods
 
 HEADS = ("plugin", "version", "methods", "adapters for model types")
@@ -14,7 +14,7 @@ REST = "all others, by watching a forward pass"
 
 
 def run(_: argparse.Namespace) -> None:
-    """Print what is installed; what is broken stands below, with the reason."""
+    """Print what is installed; what is broken, or served twice, stands below, with the reason."""
     found = plugins()
     methods = ", ".join(method.name for method in prefixkit_methods())
     rows = [("prefixkit", __version__, methods, REST), *(_row(info) for info in found if not info.error)]
@@ -22,6 +22,8 @@ def run(_: argparse.Namespace) -> None:
     broken = [(info.distribution, info.version, _asked_for(info), str(info.error)) for info in found if info.error]
     if broken:
         print("\n" + table(("broken plugin", "version", "entry points", "reason"), broken))
+    for conflict in installed().conflicts():
+        print(f"\nconflict: {conflict}")
 
 
 def _row(info: PluginInfo) -> tuple[str, str, str, str]:

@@ -1,13 +1,14 @@
 """Files of tensors: safetensors, and pickles that may hold nothing but data.
 
 Pickles are read by ``torch.load(weights_only=True)``, which builds tensors and plain containers and runs no code of
-the file's. What asks for anything else is refused.
+the file's. What asks for anything else is refused, and so is every pickle before torch 2.6, where a file could run
+code all the same (CVE-2025-32434).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from prefixkit.errors import CheckpointError
 
 SAFE = ".safetensors"
+UNPICKLES_SAFELY = (2, 6)
+"""The first torch whose ``weights_only=True`` holds what it promises."""
 
 
 class SafeTensors(Mapping[str, torch.Tensor]):
@@ -32,8 +35,8 @@ class SafeTensors(Mapping[str, torch.Tensor]):
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.file = _open(path)
-            self.names = tuple(self.file.keys())
+            self.file: Any = _open(path)
+            self.names: tuple[str, ...] = tuple(self.file.keys())
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged or no safetensors file: {error}") from error
 
@@ -71,8 +74,13 @@ def unpickle(path: Path) -> object:
     """The data in a file of ``torch.save``.
 
     Raises:
-        CheckpointError: If it is damaged, or holds more than data.
+        CheckpointError: If it is damaged, or holds more than data, or torch is too old to read it safely.
     """
+    if tuple(map(int, torch.__version__.split(".")[:2])) < UNPICKLES_SAFELY:
+        raise CheckpointError(
+            f"{path} is a pickle, which torch {torch.__version__} cannot read safely (CVE-2025-32434); install torch "
+            f"{'.'.join(map(str, UNPICKLES_SAFELY))} or newer, or convert the file to safetensors"
+        )
     try:
         with _lists_of_parameters():
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -89,8 +97,8 @@ def first_of(folder: Path, *names: str) -> Path | None:
 
 def _lists_of_parameters() -> AbstractContextManager[object]:
     """Allow ``ParameterList``, a container that Cartridges are saved in. It is data, and no method of it is called."""
-    allow: Any = getattr(torch.serialization, "safe_globals", None)  # from torch 2.5
-    return nullcontext() if allow is None else allow([torch.nn.ParameterList])
+    allowed: AbstractContextManager[object] = torch.serialization.safe_globals([torch.nn.ParameterList])
+    return allowed
 
 
 def _open(path: Path) -> Any:

@@ -46,7 +46,7 @@ class Conformance(Sites, Numbers, Attention, Training, Generation, Several, With
         traits: What the model can do, found out from it.
     """
 
-    pytestmark = pytest.mark.conformance
+    pytestmark: ClassVar[pytest.MarkDecorator] = pytest.mark.conformance
 
     adapter: ClassVar[Adapter]
     device: ClassVar[str] = "cpu"

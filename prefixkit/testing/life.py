@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # accelerate wants a place for a tensor that belongs to the model itself, and warns about its name.
-root_has_tensors = pytest.mark.filterwarnings("ignore:The following device_map keys do not match:UserWarning")
+root_has_tensors: pytest.MarkDecorator = pytest.mark.filterwarnings(
+    "ignore:The following device_map keys do not match:UserWarning"
+)
 
 
 class Life:

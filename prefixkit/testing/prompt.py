@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from prefixkit.testing.arithmetic import AlonePrompt, InFront, watched
 from prefixkit.testing.recording import recorded_calls, uncompiled
 from prefixkit.testing.scores import ChangedScores, bias_of
 from prefixkit.testing.subject import TOKENS, Subject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +44,9 @@ class PromptOracle:
     def __init__(self, subject: Subject, policies: Policies) -> None:
         self.subject = subject
         self.policies = policies
-        self.model = subject.bare(attention="eager")
-        self.source = subject.tokens(1, TOKENS, seed=11)
-        self.target = subject.tokens(1, TOKENS, seed=12)
+        self.model: PreTrainedModel = subject.bare(attention="eager")
+        self.source: torch.Tensor = subject.tokens(1, TOKENS, seed=11)
+        self.target: torch.Tensor = subject.tokens(1, TOKENS, seed=12)
 
     def flat(self, sites: Sequence[Site]) -> torch.Tensor:
         """The flat prefix ``(P, width)`` that holds the prompt's keys and values, written out plainly."""

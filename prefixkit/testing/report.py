@@ -53,7 +53,7 @@ class TableWriter:
         self.path = path
         self.items: list[pytest.Function] = []
         self.reports: dict[str, list[pytest.TestReport]] = {}
-        self.message = ""
+        self.message: str = ""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:

@@ -41,15 +41,15 @@ class Subject:
     def __init__(self, adapter: Adapter, make_model: Callable[[], PreTrainedModel], device: str = "cpu") -> None:
         self.adapter = adapter
         self.make_model = make_model
-        self.device = torch.device(device)
+        self.device: torch.device = torch.device(device)
         self.refusals: list[str] = []
         config = self.bare().config
         text = config.get_text_config()
-        self.vocabulary = int(text.vocab_size)
-        self.is_encoder_decoder = bool(config.is_encoder_decoder)
+        self.vocabulary: int = int(text.vocab_size)
+        self.is_encoder_decoder: bool = bool(config.is_encoder_decoder)
         special = [getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")]
-        self.padding = int(special[0]) if isinstance(special[0], int) else 0
-        self.special = {value for value in (*special, self.padding) if isinstance(value, int)}
+        self.padding: int = int(special[0]) if isinstance(special[0], int) else 0
+        self.special: set[int] = {value for value in (*special, self.padding) if isinstance(value, int)}
         self.traits: Traits
 
     def bare(self, *, attention: str | None = None, seed: int = 0, training: bool = False) -> PreTrainedModel:

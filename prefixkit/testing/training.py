@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Dynamo itself reads .grad of every tensor that is handed down between modules.
-dynamo_reads_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+dynamo_reads_grad: pytest.MarkDecorator = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor:UserWarning"
+)
 # So it does with autograd functions, in the masks of transformers 4.
-dynamo_makes_functions = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+dynamo_makes_functions: pytest.MarkDecorator = pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)
 
 
 class Training:

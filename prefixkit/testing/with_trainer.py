@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # The data loader of Trainer asks for pinned memory, which a machine without an accelerator lacks.
-trainer_pins_memory = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+trainer_pins_memory: pytest.MarkDecorator = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 
 STEPS = 2
 

@@ -15,6 +15,7 @@ import traceback
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,10 +50,10 @@ class Pair:
 
     def __init__(self) -> None:
         # At a port that is free; no file, which a killed run would leave behind.
-        self.store = _meeting_place(0)
+        self.store: Any = _meeting_place(0)
         context = get_context("spawn")
         self.pipes: list[Connection] = []
-        self.processes = []
+        self.processes: list[SpawnProcess] = []
         for rank in range(PROCESSES):
             here, there = context.Pipe()
             process = context.Process(target=_serve, args=(there, rank, self.store.port), daemon=True)
