@@ -13,7 +13,7 @@ import nox
 nox.options.default_venv_backend = "none"  # torch once, not once per session
 nox.options.sessions = ["lint", "types", "tests", "docs"]
 
-VERSIONS = ["4.57.6", "5.0.0", "5.5.0", "5.10.4", "5.15.1", "5.20.2", "5.23.0"]
+VERSIONS = ["4.57.6", "5.0.0", "5.5.0", "5.10.4", "5.15.1", "5.20.2", "5.23.0", "5.24.0"]
 
 EVERY_CORE = ("-n", "logical")
 """Tests run on one thread each, so as many at a time as there are cores."""

@@ -50,9 +50,9 @@ class CacheEngine:
         """Raise if the stacks or policies asked for cannot be served through a cache."""
         check_cacheable(attachment)
         for stack in attachment.stacks:
-            if stack.name == "decoder" and not internals.takes(model.get_submodule(stack.path), "past_key_values"):
+            if stack.name == "decoder" and not internals.takes_cache(model.get_submodule(stack.path)):
                 raise EngineError(
-                    f"the stack {stack.path!r} has no parameter past_key_values, so it takes no cache that could "
+                    f"the stack {stack.path!r} has no parameter for a native cache, so it takes none that could "
                     f"hold a prefix; {USE_ATTENTION}"
                 )
         if any(site.stack == "encoder" for site in attachment.layout.sites):
@@ -117,9 +117,8 @@ class CacheEngine:
             return output
         if isinstance(output, tuple):
             return tuple(part for part in output if internals.held_prefix(part) is None)
-        if internals.held_prefix(output.get("past_key_values")) is None:
-            return output
-        return type(output)(**{name: value for name, value in output.items() if name != "past_key_values"})
+        ours = [name for name, value in output.items() if internals.held_prefix(value) is not None]
+        return type(output)(**{name: value for name, value in output.items() if name not in ours}) if ours else output
 
 
 def check_cacheable(attachment: Attachment) -> None:

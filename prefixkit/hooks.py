@@ -35,7 +35,7 @@ class BeforeModel:
         """Add the flat prefix to the keyword arguments."""
         if not self.prefixes.enabled:
             return None
-        kept = self.prefixes.kept(kwargs.get("past_key_values"))
+        kept = self.prefixes.kept(internals.cache_among(kwargs))
         return args, {**kwargs, FLAT: once(kept, FLAT, self.prefixes.flat)}
 
 
@@ -46,26 +46,38 @@ class BeforeStack:
         self.prefixes = prefixes
         self.stack = stack
         self.names = names
+        self.cache: str = internals.cache_name(names) or internals.CACHE
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The arguments with the prefix, or as they were if it is disabled."""
-        arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        arguments = _renamed({**dict(zip(self.names, args, strict=False)), **kwargs}, self.cache, internals.CACHE)
+        return (), _renamed(self._served(module, arguments), internals.CACHE, self.cache)
+
+    def _served(self, module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The same of arguments whose cache has the one name that the engines know."""
         handed = arguments.pop(FLAT, None)
         forget_positions()
         active = self.prefixes.attachment
         reading = self.prefixes.reading()
         if reading is not None:
-            return (), AttentionEngine.send(module, self.stack, arguments, active, reading)
+            return AttentionEngine.send(module, self.stack, arguments, active, reading)
         if not self.prefixes.enabled:
-            return (), active.engine.off(module, self.stack, arguments, active)
-        kept = self.prefixes.kept(arguments.get("past_key_values"))
+            return active.engine.off(module, self.stack, arguments, active)
+        kept = self.prefixes.kept(arguments.get(internals.CACHE))
         served = self.prefixes.served(arguments, kept)
         stack = served.at(self.stack.path)
         if not stack.sites:
             count_positions(module, stack, arguments)
-            return (), active.engine.off(module, stack, arguments, active)
+            return active.engine.off(module, stack, arguments, active)
         flat = once(kept, FLAT, lambda: served.flat(module) if handed is None else handed)
-        return (), active.engine.before(module, stack, arguments, served, flat, kept=kept)
+        return active.engine.before(module, stack, arguments, served, flat, kept=kept)
+
+
+def _renamed(arguments: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+    """The arguments with another name for the one called ``old``, if it is there."""
+    if old == new or old not in arguments:
+        return arguments
+    return {**{name: value for name, value in arguments.items() if name != old}, new: arguments[old]}
 
 
 class AfterStack:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from prefixkit import transformers_internals as internals
 from prefixkit.adapter import RelativeBias
 from prefixkit.errors import ConfigError, EngineError
 from prefixkit.own_generate import OwnGenerate
@@ -156,7 +157,8 @@ class GenerateBehind(OwnGenerate):
         """As the method of the class."""
         if not self.prefixes.puts_behind:
             return self.original()(*args, **kwargs)
-        if kwargs.get("past_key_values") is not None and kwargs["past_key_values"].get_seq_length():
+        cache = internals.cache_among(kwargs)
+        if cache is not None and cache.get_seq_length():
             raise EngineError(
                 "with infix=True a cache that holds a text cannot start generate(): its tokens stand before and behind "
                 "an earlier infix; pass the whole text without a cache"

@@ -151,7 +151,7 @@ class Generate(OwnGenerate):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the method of the class; a cache that an earlier call returned is refused."""
-        cache = kwargs.get("past_key_values")
+        cache = internals.cache_among(kwargs)
         if require(self.model).enabled and internals.held_prefix(cache) is not None:
             raise EngineError(
                 "a cache that holds a prefix, from generate() or to_cache(), cannot start generate() with the cache "

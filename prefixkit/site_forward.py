@@ -16,6 +16,9 @@ from prefixkit import transformers_internals as internals
 from prefixkit.errors import EngineError
 from prefixkit.prefix_state import NO_MASK, find_state, keys_in_front
 
+CACHE_NAMES = ("layer_past", "past_key_values", "past_key_value", "cache")
+"""What attention calls its native cache in transformers, of one version or another."""
+
 
 class CacheInFront:
     """Stands in for the cache of one attention call; what it gives back has the prefix in front.
@@ -46,7 +49,7 @@ class CacheInFront:
 def through_cache(
     module: nn.Module,
     *args: Any,
-    cache_name: str = "layer_past",
+    cache_name: str | None = None,
     mask_name: str | None = "attention_mask",
     **kwargs: Any,
 ) -> Any:
@@ -56,12 +59,13 @@ def through_cache(
 
     Example::
 
-        yield Stack(..., site_forward=functools.partial(prefixkit.through_cache, cache_name="past_key_value"))
+        yield Stack(..., site_forward=functools.partial(prefixkit.through_cache, cache_name="kv_cache"))
 
     Args:
         module: The site's module.
         *args: What its ``forward`` was called with.
-        cache_name: The parameter of its ``forward`` that takes the cache, which may be ``None``.
+        cache_name: The parameter of its ``forward`` that takes the cache, which may be ``None`` in a call; by default
+            the one of ``layer_past``, ``past_key_values``, ``past_key_value`` and ``cache`` that there is.
         mask_name: The parameter that takes the mask, as in :func:`prefixkit.in_front`; ``None`` if the
             mask has the prefix's columns already.
         **kwargs: What its ``forward`` was called with.
@@ -71,6 +75,7 @@ def through_cache(
             make a causal one of its own.
     """
     names = _parameters(type(module))
+    cache_name = cache_name or next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
     for name in (cache_name, mask_name):
         if name is not None and name not in names:
             raise EngineError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, wraps
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from packaging.version import Version  # transformers brings it
 from torch import nn
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache, StaticLayer
@@ -43,6 +44,9 @@ EAGER = "eager_attention_forward"
 """How the names end of the eager attention functions, which are in no registry but beside a model's classes."""
 STANDS_BEFORE = "prefixkit_stands_before"
 """The attribute that marks an attention function as ours."""
+CACHE = "past_key_values"
+"""The parameter that takes the native cache; in transformers itself it is ``cache`` from 5.24 on."""
+_CACHE_IS_RENAMED = Version(VERSION) >= Version("5.24.dev0")
 HELD = "prefixkit_identity"
 """The attribute of a cache that says which prefix is in it."""
 WRAPPABLE = ("eager", "sdpa", "flex_attention")
@@ -298,6 +302,27 @@ def _compiled_create_block_mask() -> Callable[..., Any]:
 
     compiled: Callable[..., Any] = torch.compile(create_block_mask)
     return compiled
+
+
+def cache_name(names: Collection[str]) -> str:
+    """By which of these parameters a model, or a part of it, takes its native cache; empty: by none."""
+    possible = (CACHE, *(["cache"] if _CACHE_IS_RENAMED else []))
+    return next((name for name in possible if name in names), "")
+
+
+def takes_cache(module: nn.Module) -> bool:
+    """Whether the module's ``forward`` takes a native cache."""
+    return bool(cache_name(signature(module.forward).parameters))
+
+
+def given_cache(model: nn.Module, cache: object) -> dict[str, Any]:
+    """The keyword argument that hands ``cache`` to the model, by the name of this version of transformers."""
+    return {cache_name(signature(model.forward).parameters) or CACHE: cache}
+
+
+def cache_among(arguments: Mapping[str, Any]) -> Cache | None:
+    """The native cache among keyword arguments of a model."""
+    return next((value for name in (CACHE, "cache") if isinstance(value := arguments.get(name), Cache)), None)
 
 
 def takes(module: nn.Module, name: str) -> bool:

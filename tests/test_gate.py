@@ -163,7 +163,7 @@ def test_a_gate_leaves_the_library_by_no_cache():
         prefixkit.to_cache(opened())
 
 
-@pytest.mark.skipif(not prefixkit_legacy.serves_attention(), reason="the cache engine alone serves it here")
+@pytest.mark.skipif(not prefixkit_legacy.transformers_is("5.5"), reason="the cache engine alone serves it here")
 def test_attention_off_the_interface_takes_none():
     gptj = test_prefixkit_legacy.TestGPTJ
     with pytest.raises(EngineError, match="not on transformers' attention interface.* gate=True is not served here"):

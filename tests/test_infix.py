@@ -229,7 +229,7 @@ def test_labels_of_another_task():
         model(tiny.tokens(2, 5), labels=torch.tensor([0, 1]))
 
 
-@pytest.mark.skipif(not prefixkit_legacy.serves_attention(), reason="the cache engine alone serves it here")
+@pytest.mark.skipif(not prefixkit_legacy.transformers_is("5.5"), reason="the cache engine alone serves it here")
 def test_off_the_interface_it_is_refused_at_once():
     family = test_prefixkit_legacy.TestGPTJ
     with pytest.raises(EngineError, match="not on transformers' attention interface; infix=True is not served"):

@@ -111,7 +111,7 @@ def test_implementations_agree():
     torch.testing.assert_close(found[2], found[0], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.skipif(not prefixkit_legacy.serves_attention(), reason="the cache engine alone serves it here")
+@pytest.mark.skipif(not prefixkit_legacy.transformers_is("5.5"), reason="the cache engine alone serves it here")
 @pytest.mark.parametrize("positions", ["shift", "none"])
 @pytest.mark.parametrize("family", [test_prefixkit_legacy.TestBLOOM, test_prefixkit_legacy.TestGPTJ])
 def test_off_the_interface(family, positions):

@@ -219,5 +219,5 @@ def test_a_stack_that_swallows_its_cache_is_refused_by_the_cache_engine(monkeypa
     monkeypatch.setattr(
         model.transformer, "forward", lambda input_ids=None, attention_mask=None, **_: forward(input_ids)
     )
-    with pytest.raises(prefixkit.EngineError, match="^the stack 'transformer' has no parameter past_key_values"):
+    with pytest.raises(prefixkit.EngineError, match="^the stack 'transformer' has no parameter for a native cache"):
         prefixkit.apply(model, num_virtual_tokens=4, engine="cache")

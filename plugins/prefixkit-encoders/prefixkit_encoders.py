@@ -86,10 +86,11 @@ def bert(
     *,
     encoder_hidden_states=None,
     past_key_values=None,
+    cache=None,  # the same from transformers 5.24 on
     **_,
 ):
     """Megatron-BERT, RemBERT, BigBird."""
-    refuse_given(encoder_hidden_states=encoder_hidden_states, past_key_values=past_key_values)
+    refuse_given(encoder_hidden_states=encoder_hidden_states, past_key_values=past_key_values, cache=cache)
     return attend(module, *project(module, hidden_states), attention_mask)
 
 
@@ -101,10 +102,11 @@ def roformer(
     sinusoidal_pos=None,
     encoder_hidden_states=None,
     past_key_values=None,
+    cache=None,  # the same from transformers 5.24 on
     **_,
 ):
     """RoFormer: keys, and values where the config says so, are rotated before the prefix joins."""
-    refuse_given(encoder_hidden_states=encoder_hidden_states, past_key_values=past_key_values)
+    refuse_given(encoder_hidden_states=encoder_hidden_states, past_key_values=past_key_values, cache=cache)
     query, key, value = project(module, hidden_states)
     if attention_mask is not None:
         # Counted without padding, so that the prefix is as far from a padded row as from the row alone.

@@ -4,18 +4,16 @@ Most of them take a cache and attend to what it gives back, so the prefix enters
 bias (ALiBi) need the bias of the prefix's columns as well, and two need an attention of their own.
 """
 
-from functools import partial
-
 import prefixkit
 from prefixkit import Adapter, PositionIds, RelativeBias, Site, Stack, find_stack, hookimpl, join_path
 
 
-def serves_attention():
-    """Whether the attention is as this plugin knows it; in an older transformers the cache engine serves it."""
+def transformers_is(version):
+    """Whether transformers is of that version or a later one."""
     import transformers
     from packaging.version import Version
 
-    return Version(transformers.__version__) >= Version("5.5")
+    return Version(transformers.__version__) >= Version(version)
 
 
 def slopes_of(module, alibi):
@@ -52,9 +50,11 @@ def falcon_attention(module, hidden_states, alibi, attention_mask, **options):
     return prefixkit.through_cache(module, hidden_states, alibi, mask, mask_name=None, **options)
 
 
-def mpt_attention(module, hidden_states, position_bias, past_key_values=None, attention_mask=None, **_):
+def mpt_attention(module, hidden_states, position_bias, past_key_values=None, attention_mask=None, *, cache=None, **_):
     """MPT counts its bias from the last place of the cache; here it is counted from each row's first token."""
     import torch
+
+    past_key_values = past_key_values if cache is None else cache  # its name from transformers 5.24 on
 
     mixed = module.Wqkv(hidden_states)
     if module.clip_qkv:
@@ -112,7 +112,8 @@ def decoder(model, attention, positions, site_forward, *, heads=None, window=Non
         )
         for layer in range(config.num_hidden_layers)
     )
-    site_forward = site_forward if serves_attention() else None
+    if not transformers_is("5.5"):
+        site_forward = None  # the attention is another one there; the cache engine serves it
     yield Stack(name="decoder", path=path, positions=positions, sites=sites, site_forward=site_forward)
 
 
@@ -136,8 +137,10 @@ def falcon(model):
 
 
 def gptj(model):
-    """GPT-J and CodeGen: rotary positions, read off a table."""
-    return decoder(model, "h.0.attn", PositionIds(limit=model.config.max_position_embeddings), prefixkit.through_cache)
+    """GPT-J and CodeGen: rotary positions, read off a table; on the interface from transformers 5.24 on."""
+    positions = PositionIds(limit=model.config.max_position_embeddings)
+    site_forward = None if transformers_is("5.24.dev0") else prefixkit.through_cache
+    return decoder(model, "h.0.attn", positions, site_forward)
 
 
 def gpt_neo(model):
@@ -159,9 +162,7 @@ def gpt_neox_japanese(model):
 def xglm(model):
     """XGLM: a sinusoidal table of positions, which grows by the length of the text and not by that of the prefix."""
     positions = PositionIds(limit=model.config.max_position_embeddings)
-    return decoder(
-        model, "layers.0.self_attn", positions, partial(prefixkit.through_cache, cache_name="past_key_values")
-    )
+    return decoder(model, "layers.0.self_attn", positions, prefixkit.through_cache)
 
 
 @hookimpl

@@ -110,7 +110,7 @@ def _reasons_of_place(model: PreTrainedModel, attachment: Attachment) -> Iterato
         )
     for stack in attachment.stacks:
         module = model.get_submodule(stack.path)
-        if stack.sites and not (stack.caches and internals.takes(module, "past_key_values")):
+        if stack.sites and not (stack.caches and internals.takes_cache(module)):
             yield (
                 f"PEFT hands it over in past_key_values, which {type(module).__name__} does not take or keeps in "
                 f"another form; {OWN_FORMAT}"
@@ -150,7 +150,7 @@ def _reasons_of_head(model: PreTrainedModel, attachment: Attachment, task: Task)
         )
     if model.config.is_encoder_decoder and task.modules:
         yield f"of encoder-decoders PEFT serves language models, and this is a {type(model).__name__}; {OWN_FORMAT}"
-    by_name = internals.takes(model, "past_key_values")
+    by_name = internals.takes_cache(model)
     if task.modules and not by_name and not _head_is_as_peft_runs_it(model, task):
         yield (
             f"PEFT calls the body and the head of a {type(model).__name__} by itself, the head on the pooled output, "

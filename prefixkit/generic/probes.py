@@ -29,7 +29,7 @@ def hands_down(model: PreTrainedModel, inputs: Mapping[str, Any], stack: Stack) 
 def caches(model: PreTrainedModel, inputs: Mapping[str, Any], stack: Stack) -> bool:
     """Whether the native cache keeps, layer by layer, what the attention is given, and nothing else."""
     module = model.get_submodule(stack.path)
-    if not internals.takes(module, "past_key_values") or not internals.takes(module, "use_cache"):
+    if not internals.takes_cache(module) or not internals.takes(module, "use_cache"):
         return False
     try:
         watched = watch(model, inputs, {stack.path: lambda arguments: {**arguments, "use_cache": True}})

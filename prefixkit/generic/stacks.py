@@ -147,7 +147,7 @@ def _stack(
 ) -> Stack:
     others = [other for other in groups if other != base]
     path = _stack_path(model, base, others)
-    cached = internals.takes(model.get_submodule(path), "past_key_values")
+    cached = internals.takes_cache(model.get_submodule(path))
     crosses = len(groups) > 1 and any(map(_crosses, calls))
     decodes = crosses or (cached and any(_is_causal(call.mask) for call in calls))
     sites = tuple(

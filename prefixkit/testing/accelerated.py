@@ -8,6 +8,7 @@ import torch
 
 from prefixkit.testing.subject import Subject, numbers_of
 from prefixkit.testing.traits import needs
+from prefixkit.transformers_internals import cache_in, given_cache
 
 
 class Accelerated:
@@ -56,8 +57,8 @@ class Accelerated:
         steps = []
         for kernel in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
             with torch.no_grad():
-                cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
+                cache = cache_in(model(input_ids=ids[:, :-1], use_cache=True))
                 with sdpa_kernel(kernel):
-                    steps.append(numbers_of(model(input_ids=ids[:, -1:], past_key_values=cache)).float())
+                    steps.append(numbers_of(model(input_ids=ids[:, -1:], **given_cache(model, cache))).float())
         cosine = torch.nn.functional.cosine_similarity(steps[0], steps[1], dim=-1)
         assert cosine.min() > 0.99, f"cosine {cosine.min():.3f}"

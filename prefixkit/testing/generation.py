@@ -13,6 +13,7 @@ import prefixkit
 from prefixkit.errors import EngineError
 from prefixkit.testing.subject import NEW, Subject, numbers_of, strengthen
 from prefixkit.testing.traits import needs
+from prefixkit.transformers_internals import cache_in, given_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,7 +109,7 @@ class Generation:
             model = subject.with_prefix(engine=engine)
             ids = subject.tokens(2, 6)
             expected = _recompute(subject, model, ids)
-            found = subject.generate(model, ids, past_key_values=_lossless_quantized_cache(model))
+            found = subject.generate(model, ids, **given_cache(model, _lossless_quantized_cache(model)))
             assert torch.equal(_new(found), expected)
             if not hasattr(cache_utils, "Fp8QuantizedLayer"):  # transformers has no quantizer of its own yet
                 return
@@ -145,7 +146,7 @@ class Generation:
         first = subject.generate(model, subject.tokens(1, 6), return_dict_in_generate=True)
         ids = torch.cat([first.sequences, subject.tokens(1, 3, seed=9)], dim=1)
         with subject.may_refuse(engine):
-            found = subject.generate(model, ids, past_key_values=first.past_key_values)
+            found = subject.generate(model, ids, **given_cache(model, cache_in(first)))
             assert torch.equal(_new(found), _recompute(subject, model, ids))
 
     @needs("prompt_decodes")
@@ -175,10 +176,10 @@ class Generation:
                     output = model(
                         input_ids=ids[:, start:end],
                         attention_mask=mask[:, :end],
-                        past_key_values=cache,
                         use_cache=True,
+                        **given_cache(model, cache),
                     )
-                cache = output.past_key_values
+                cache = cache_in(output)
                 parts.append(numbers_of(output))
             real = mask.bool()
             torch.testing.assert_close(torch.cat(parts, dim=1)[real], expected[real], atol=1e-4, rtol=1e-4)

@@ -13,7 +13,7 @@ from prefixkit.errors import EngineError
 from prefixkit.testing.prompt import text_as_prompt
 from prefixkit.testing.subject import TOKENS, Subject, loss_of
 from prefixkit.testing.traits import needs
-from prefixkit.transformers_internals import attention_implementation_of
+from prefixkit.transformers_internals import attention_implementation_of, given_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,7 +55,7 @@ class Numbers:
         cache = prefixkit.to_cache(model, batch_size=3)
         assert cache.get_seq_length() == TOKENS
         prefixkit.remove(model)
-        found = subject.logits(model, input_ids=ids, past_key_values=cache)
+        found = subject.logits(model, input_ids=ids, **given_cache(model, cache))
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
     def test_padded_rows_equal_rows_alone(

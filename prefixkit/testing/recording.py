@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,7 @@ from transformers.cache_utils import Cache
 
 from prefixkit.testing.arithmetic import Watch, watched
 from prefixkit.testing.attention_call import AttentionCall
-from prefixkit.transformers_internals import attention_implementation_of
+from prefixkit.transformers_internals import attention_implementation_of, takes_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -117,7 +116,7 @@ def is_on_interface(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def _off_the_interface(model: PreTrainedModel) -> Iterator[list[AttentionCall]]:
-    if model.can_generate() and "past_key_values" in signature(model.forward).parameters:
+    if model.can_generate() and takes_cache(model):
         with _with_cache(model), _recorded_updates(model) as calls:
             yield calls
     else:

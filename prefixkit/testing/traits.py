@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from prefixkit.testing.recording import is_on_interface, recorded_calls, uncompiled, window_inside
-from prefixkit.transformers_internals import attention_implementation_of
+from prefixkit.transformers_internals import attention_implementation_of, cache_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,7 +141,7 @@ def _keeps(subject: Subject, model: PreTrainedModel, calls: list[AttentionCall])
     if "use_cache" not in signature(model.forward).parameters:
         return False
     with torch.no_grad():
-        cache = model(**subject.inputs(batch=1), use_cache=True).get("past_key_values")
+        cache = cache_in(model(**subject.inputs(batch=1), use_cache=True))
     kept = [getattr(layer, "keys", None) for layer in getattr(cache, "layers", ())]
     shapes = [None if key is None else (key.shape[1], key.shape[3]) for key in kept]
     return shapes == [(call.key.shape[1], call.key.shape[3]) for call in calls]
