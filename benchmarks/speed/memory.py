@@ -29,9 +29,9 @@ from benchmarks.speed.jobs import batch_of, forget, step, step_to_embeddings
 from benchmarks.speed.step import check_gradients
 from benchmarks.speed.timing import Conditions, Values
 
-BUDGET = 512 * 2**20
+BUDGET = 256 * 2**20
 GRAIN = 32
-"""Lengths are looked for in steps of so many tokens."""
+"""Lengths are looked for in steps of so many tokens, or of a sixteenth of what is found."""
 CHECKPOINTED = f"{PREFIXKIT}, checkpointed"
 
 
@@ -82,11 +82,11 @@ def stepper(cell: Cell, name: str) -> Callable[[int], int]:
 
 
 def longest(measure: Callable[[int], int], budget: int = BUDGET) -> int:
-    """The largest multiple of the grain whose step fits the budget, by doubling and halving."""
+    """A multiple of the grain whose step fits the budget, by doubling and halving; a sixteenth more does not fit."""
     low, high = 0, 4 * GRAIN
     while measure(high) <= budget:
         low, high = high, 2 * high
-    while high - low > GRAIN:
+    while high - low > max(GRAIN, low // 16):
         middle = (low + high) // 2 // GRAIN * GRAIN
         low, high = (middle, high) if measure(middle) <= budget else (low, middle)
     return low

@@ -80,7 +80,7 @@ def memory() -> Grid:
     names = (CHECKPOINTED, PREFIXKIT, PEFT, f"{PEFT}, checkpointed", f"{BASE}, checkpointed", BASE)
     start = Cell(kind="memory", model="deep-llama", contenders=names, batch=2, length=512)
     far = replace(start, kind="longest", contenders=(CHECKPOINTED, PEFT), batch=1, length=0)
-    return Grid("memory of a training step, and the longest text in 512 MiB", (start, far), beside=PEFT)
+    return Grid("memory of a training step, and the longest text in 256 MiB", (start, far), beside=PEFT)
 
 
 def decode() -> Grid:

@@ -21,6 +21,9 @@ MLP = (0.0003, 0.001, 0.003, 0.01)
 RECOMMENDED = (0.1,)
 """What :func:`prefixkit.recommended_lr` says of a flat prefix, for studies that vary something else."""
 
+AROUND = (0.03, 0.1)
+"""The same, and one below, where longer or deeper prefixes may want less."""
+
 
 @dataclass(frozen=True)
 class Study:
@@ -115,7 +118,7 @@ def arms_e2e(seeds: Sequence[int]) -> Planned:
 def length_e2e(seeds: Sequence[int]) -> Planned:
     """How long the prefix is, on E2E."""
     named = {f"{tokens}": arms.prefix(tokens=tokens) for tokens in (1, 5, 10, 20, 50, 100)}
-    return sweep("length-e2e", "e2e", named, RECOMMENDED, seeds, rows=8000, steps=200)
+    return sweep("length-e2e", "e2e", named, AROUND, seeds, rows=8000, steps=200)
 
 
 def arms_intents(seeds: Sequence[int]) -> Planned:
@@ -151,7 +154,7 @@ def length_encoder(seeds: Sequence[int]) -> Planned:
     """How long the prefix is, on the small BERT."""
     named = {f"{tokens}": arms.prefix(tokens=tokens) for tokens in (1, 5, 20, 50, 100)}
     for task, rows in ENCODER_TASKS.items():
-        yield from sweep("length-encoder", task, named, RECOMMENDED, seeds, rows=rows, steps=200)
+        yield from sweep("length-encoder", task, named, AROUND, seeds, rows=rows, steps=200)
 
 
 def depth_encoder(seeds: Sequence[int]) -> Planned:
@@ -159,7 +162,7 @@ def depth_encoder(seeds: Sequence[int]) -> Planned:
     spans = {"1": [0], "1 to 3": [0, 1, 2], "1 to 6": None, "4 to 6": [3, 4, 5], "6": [5]}
     named = {span: arms.prefix(layers=layers) for span, layers in spans.items()}
     for task, rows in ENCODER_TASKS.items():
-        yield from sweep("depth-encoder", task, named, RECOMMENDED, seeds, rows=rows, steps=200)
+        yield from sweep("depth-encoder", task, named, AROUND, seeds, rows=rows, steps=200)
 
 
 STUDIES = {
