@@ -250,8 +250,8 @@ class TestWindowOfUnmovedPositions(Gemma2):
     def plant(self, monkeypatch):
         original = AttentionEngine._state
 
-        def state_of(module, stack, attachment, flat, real):
-            state = original(module, stack, attachment, flat, real)
+        def state_of(module, stack, attachment, flat, real, **kept):
+            state = original(module, stack, attachment, flat, real, **kept)
             state.query_positions = real + attachment.offset(stack)
             return state
 
@@ -428,8 +428,8 @@ class TestBiasOfUnmovedQueries(T5):
     def plant(self, monkeypatch):
         original = AttentionEngine._state
 
-        def state_of(module, stack, attachment, flat, real):
-            return original(module, stack, attachment, flat, real - attachment.config.num_virtual_tokens)
+        def state_of(module, stack, attachment, flat, real, **kept):
+            return original(module, stack, attachment, flat, real - attachment.config.num_virtual_tokens, **kept)
 
         monkeypatch.setattr(AttentionEngine, "_state", staticmethod(state_of))
 
@@ -637,9 +637,9 @@ class TestDropoutInEval(GPT2):
     def plant(self, monkeypatch):
         original = AttentionEngine._state
 
-        def state_of(module, stack, attachment, flat, real):
+        def state_of(module, stack, attachment, flat, real, **kept):
             dropped = functional.dropout(flat, attachment.config.prefix_dropout)
-            return replace(original(module, stack, attachment, dropped, real), dropout=0.0)
+            return replace(original(module, stack, attachment, dropped, real, kept=None), dropout=0.0)
 
         monkeypatch.setattr(AttentionEngine, "_state", staticmethod(state_of))
 
@@ -694,8 +694,8 @@ class TestStateOfTheLastCall(T5):
         earlier = {}
         original = AttentionEngine._state
 
-        def state_of(module, stack, attachment, flat, real):
-            state = original(module, stack, attachment, flat, real)
+        def state_of(module, stack, attachment, flat, real, **kept):
+            state = original(module, stack, attachment, flat, real, **kept)
             for other in earlier.setdefault(stack.path, []):
                 other.__dict__.update(state.__dict__)
             earlier[stack.path].append(state)
@@ -759,8 +759,8 @@ class TestNoPrefixWhenDecoding(Llama):
     def plant(self, monkeypatch):
         original = AttentionEngine._state
 
-        def state_of(module, stack, attachment, flat, real):
-            return original(module, stack, attachment, flat * 0 if real.shape[1] == 1 else flat, real)
+        def state_of(module, stack, attachment, flat, real, **kept):
+            return original(module, stack, attachment, flat * 0 if real.shape[1] == 1 else flat, real, kept=None)
 
         monkeypatch.setattr(AttentionEngine, "_state", staticmethod(state_of))
 

@@ -82,7 +82,7 @@ class TestRefusesEverything(GPT2):
     caught_by = (SLOTS, "test_disabled_and_removed")
 
     def plant(self, monkeypatch):
-        def before(*call):
+        def before(*call, **kept):
             raise EngineError("the cache engine cannot serve that")
 
         monkeypatch.setattr(CacheEngine, "before", before)
