@@ -6,13 +6,15 @@ Every way to lose or bend the prefix there that is known without a word of llama
 from __future__ import annotations
 
 import json
-import shutil
+import re
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import to_gguf
+import tokenizers
 import torch
 from safetensors.torch import load_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -33,6 +35,9 @@ PROMPT = (11, 12, 13, 14, 15, 16)
 NEW = 8
 LAYOUTS = [Layout(dtype, flash) for dtype in ("f32", "f16") for flash in (False, True)]
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
+PAGE = Path(__file__).parents[1] / "docs/how-to/serve-llama-cpp.md"
+BLOCKS = re.compile(r"<!-- not run: needs ([^\n]+) -->\n```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.DOTALL)
+NUMBER = re.compile(r"\b\d+(\.\d+)?(e-?\d+)?\b")
 DTYPES = {0: np.dtype("<f4"), 1: np.dtype("<f2")}
 
 
@@ -122,6 +127,11 @@ class Reader:
         kind, size, count = self.take("iII")
         assert size == DTYPES[kind].itemsize
         return kind, self.block(kind, (count, cells)).T
+
+
+def is_coarse(name, layout):
+    """Whether llama.cpp computes with float16: in its cache, in flash attention, or in a table of GELU."""
+    return layout.dtype == "f16" or layout.flash or name == "gemma3"
 
 
 def read(folder, layout):
@@ -316,7 +326,7 @@ def test_a_file_is_what_llama_cpp_itself_saves(llama, name, layout, tmp_path):
         cache = model(torch.tensor([text]), past_key_values=tiny.transformers.DynamicCache()).past_key_values
     prefixkit.apply(model, num_virtual_tokens=TOKENS, window="slide", init=cache)
     target.write(model, tmp_path / "out", gguf=path, placeholders=text)
-    with running.running(path, layout, 64, 1) as program:
+    with running.started(path, layout, 64, 1) as program:
         program.eval(text)
         ids = (llama.llama_token * len(text))(*text)
         saved = str(tmp_path / "saved.bin").encode()
@@ -331,7 +341,7 @@ def test_a_file_is_what_llama_cpp_itself_saves(llama, name, layout, tmp_path):
         for part in ("keys", "values"):
             for (their_kind, their_rows), (our_kind, our_rows) in zip(their[part], our[part], strict=True):
                 assert their_kind == our_kind
-                np.testing.assert_allclose(our_rows, their_rows, atol=2e-5 if layout.dtype == "f32" else 2e-2)
+                np.testing.assert_allclose(our_rows, their_rows, atol=2e-2 if is_coarse(name, layout) else 2e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.file)
@@ -345,7 +355,7 @@ def test_llama_cpp_says_what_the_model_says(llama, name, layout, tmp_path):
     assert verdict.tokens == NEW
     if layout.dtype == "f32":
         assert verdict.equal == NEW
-        assert verdict.with_prefix < 1e-3 < verdict.effect
+        assert verdict.with_prefix < (1e-2 if is_coarse(name, layout) else 1e-4) < verdict.effect
 
 
 def verified(model, path, folder, **options):
@@ -371,7 +381,7 @@ def test_a_quantised_base_takes_the_same_file(llama, written, tmp_path):
 def test_one_prompt_after_another(llama, written):
     """The prefix stays for the next prompt, and a reset loses it."""
     model, path, folder = written
-    with running.running(path, Layout("f32"), 64, 1) as program:
+    with running.started(path, Layout("f32"), 64, 1) as program:
         placeholders = target.restore(program, folder)
         for prompt in ([11, 12, 13, 14], [31, 32], [11, 12, 33]):
             ours, bare = answers_of(model, prompt, NEW)
@@ -387,11 +397,37 @@ def test_one_prompt_after_another(llama, written):
 def test_completions_of_llama_cpp_python(llama, written):
     """As in the documentation: by the library's own call."""
     model, path, folder = written
-    with running.running(path, Layout("f32"), 64, 1) as program:
+    with running.started(path, Layout("f32"), 64, 1) as program:
         placeholders = target.restore(program, folder)
         wanted = program.detokenize(list(answers_of(model, PROMPT, NEW)[0].tokens)).decode()
         said = program.create_completion([*placeholders, *PROMPT], max_tokens=NEW, temperature=0, logit_bias={2: -1e9})
         assert said["choices"][0]["text"].strip() == wanted.strip()
+
+
+def tokenizer_of(text):
+    """A tokenizer whose words are those of ``text``."""
+    words = sorted(set(text.split()))
+    vocabulary = {"<s>": 0, "<unk>": 1, "</s>": 2, **{word: 3 + index for index, word in enumerate(words)}}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return tiny.transformers.PreTrainedTokenizerFast(tokenizer_object=plain)
+
+
+def test_the_page_of_the_documentation(llama, tmp_path, monkeypatch, capsys):
+    """Its blocks, but for the server's, print what it says, whatever the numbers are on this machine."""
+    page = PAGE.read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    model = make("llama", vocab_size=40)
+    model.save_pretrained("runs/base")
+    tokenizer_of("name : Aromi | food : Chinese name : Zizzi | area : riverside").save_pretrained("runs/base")
+    prefixkit.save(with_prefix(model, num_virtual_tokens=20), "runs/prefix")
+    to_gguf.convert(model, tmp_path / "runs/base.gguf")
+    namespace = {"__name__": "page"}
+    for needs, code, text in BLOCKS.findall(page):
+        if needs != "llama-server":
+            exec(compile(code, str(PAGE), "exec"), namespace)
+        printed = capsys.readouterr().out
+        assert NUMBER.sub("N", printed) == NUMBER.sub("N", text), printed
 
 
 # Traps that llama.cpp falls into without a word
@@ -455,34 +491,40 @@ def test_trap_the_prefix_of_a_window_that_llama_cpp_has_elsewhere(llama, tmp_pat
 
 
 def test_what_llama_cpp_refuses_has_its_reason(llama, written):
+    """Each file is one for another llama.cpp."""
     model, path, folder = written
-    kept = (folder / "prefix.f32.bin").read_bytes()
-    shutil.copy(folder / "prefix.f32.flash.bin", folder / "prefix.f32.bin")
-    with pytest.raises(EngineError, match=r"refuses 'prefix.f32.bin', which has to fit .*incompatible V transposition"):
-        verified(model, path, folder)
-    shutil.copy(folder / "prefix.f16.bin", folder / "prefix.f32.bin")
-    with pytest.raises(EngineError, match="mismatched key type"):
-        verified(model, path, folder)
-    (folder / "prefix.f32.bin").write_bytes(kept[:-8])
-    with pytest.raises(EngineError, match=r"llama.cpp refuses"):
-        verified(model, path, folder)
-    target.write(model, folder, gguf=path, streams=4)
-    with pytest.raises(EngineError, match="n_stream mismatch"):
-        verified(model, path, folder)
+    target.write(model, folder / "four", gguf=path, streams=4)
+    with running.started(path, Layout("f32"), 64, 1) as program:
+        for name, reason in (
+            ("prefix.f32.flash.bin", "incompatible V transposition"),
+            ("prefix.f16.bin", "mismatched key type"),
+            ("four/prefix.f32.bin", "n_stream mismatch"),
+        ):
+            with pytest.raises(EngineError, match=f"refuses .*, which has to fit its cache .*{reason}"):
+                running.load_sequence(program, folder / name, read(folder, Layout()).tokens)
+        target.restore(program, folder)
 
 
 def test_a_file_that_is_not_the_described_one(llama, written, tmp_path):
-    """Tokens or places that are others than those to which the prompt is put."""
+    """llama.cpp would end the whole process."""
     model, path, folder = written
     kept = (folder / "prefix.f32.bin").read_bytes()
-    (folder / "prefix.f32.bin").write_bytes(kept[:12] + struct.pack("<i", 3) + kept[16:])
-    with pytest.raises(EngineError, match="is not the file that llama_cpp.json describes"):
+    (folder / "prefix.f32.bin").write_bytes(kept[:-8])
+    with pytest.raises(CheckpointError, match="is not the file that llama_cpp.json describes"):
         verified(model, path, folder)
+
+
+def test_tokens_or_places_that_are_others(llama, written):
+    """Than those to which the prompt is put."""
+    _, path, folder = written
+    kept, ids = (folder / "prefix.f32.bin").read_bytes(), read(folder, Layout()).tokens
     place = 12 + 4 * TOKENS + 8 + 12 * (TOKENS - 1)
     assert struct.unpack_from("<i", kept, place) == (TOKENS - 1,)
-    (folder / "prefix.f32.bin").write_bytes(kept[:place] + struct.pack("<i", TOKENS) + kept[place + 4 :])
-    with pytest.raises(EngineError, match="is not the file that llama_cpp.json describes"):
-        verified(model, path, folder)
+    with running.started(path, Layout("f32"), 64, 1) as program:
+        for start, number in ((12, 3), (place, TOKENS)):
+            (folder / "other.bin").write_bytes(kept[:start] + struct.pack("<i", number) + kept[start + 4 :])
+            with pytest.raises(EngineError, match=r"'other.bin' has the tokens .*, and the text goes behind"):
+                running.load_sequence(program, folder / "other.bin", ids)
 
 
 def test_running_with_wrong_arguments(llama, written, tmp_path):
@@ -496,8 +538,8 @@ def test_running_with_wrong_arguments(llama, written, tmp_path):
     (folder / "prefix.f32.bin").unlink()
     with pytest.raises(CheckpointError, match="has no prefix.f32.bin, which this llama.cpp needs"):
         verified(model, path, folder)
-    program = llama.Llama(str(path), n_ctx=64, verbose=False, type_k=8, flash_attn=True)
-    with pytest.raises(ConfigError, match="type_k is 8 and type_v 1; a prefix is written for caches of one type"):
+    program = llama.Llama(str(path), n_ctx=64, verbose=False, type_k=0)
+    with pytest.raises(ConfigError, match="type_k is 0 and type_v 1; a prefix is written for caches of one type, f32 "):
         target.restore(program, folder)
     program.close()
     description = json.loads((folder / "llama_cpp.json").read_text())
