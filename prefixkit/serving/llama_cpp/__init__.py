@@ -21,7 +21,7 @@ from prefixkit.errors import CheckpointError, ConfigError, EngineError, closest
 from prefixkit.layout import KeyValue
 from prefixkit.prefixes import require
 from prefixkit.serving.llama_cpp.gguf_file import ORDERS, GgufFile, order_of
-from prefixkit.serving.llama_cpp.running import DESCRIPTION, FORMAT, ask, described, restore, running
+from prefixkit.serving.llama_cpp.running import DESCRIPTION, FORMAT, ask, described, restore, started
 from prefixkit.serving.llama_cpp.state_file import TYPES, Body, Layout, state
 from prefixkit.serving.verdict import Answer, Verdict, answers_of, judge
 from prefixkit.turning import turned
@@ -99,7 +99,7 @@ def write(
         "eos_token_ids": _eos(model),
         "order_of_keys": order,
         "streams": streams,
-        "files": sorted(contents),
+        "files": {file_name: hashlib.sha256(content).hexdigest() for file_name, content in contents.items()},
     }
     if attachment.writes():
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def answers(
     description = described(Path(folder))
     never, tokens = description["eos_token_ids"], description["num_virtual_tokens"]
     room = tokens + len(prompt) + new_tokens
-    with running(Path(gguf), Layout(dtype, flash), room, threads) as llama:
+    with started(Path(gguf), Layout(dtype, flash), room, threads) as llama:
         without = ask(llama, prompt, new_tokens, never)
         placeholders = restore(llama, folder)
         return ask(llama, [*placeholders, *prompt], new_tokens, never), without

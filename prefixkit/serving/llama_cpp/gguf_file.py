@@ -34,7 +34,8 @@ def _as_they_are(key: torch.Tensor) -> torch.Tensor:
 
 def _neighbours(key: torch.Tensor) -> torch.Tensor:
     """Number i of the first half, then number i of the second, for each i."""
-    return key.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    side_by_side: torch.Tensor = key.unflatten(-1, (2, -1)).transpose(-1, -2)
+    return side_by_side.flatten(-2)
 
 
 ORDERS: Final[Mapping[str, Callable[[torch.Tensor], torch.Tensor]]] = {

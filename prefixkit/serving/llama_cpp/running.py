@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import io
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,19 +77,26 @@ def restore(llama: Llama, folder: str | Path) -> list[int]:
         The placeholder ids, one for each virtual token.
 
     Raises:
-        CheckpointError: If the folder has no file for this layout.
+        CheckpointError: If the folder has no file for this layout, or a damaged one.
         EngineError: If llama.cpp refuses the file.
     """
     folder = Path(folder)
-    placeholders = list(described(folder)["placeholders"])
-    layout = layout_of(llama)
-    path = folder / layout.file
-    if not path.is_file():
-        raise CheckpointError(f"{str(folder)!r} has no {layout.file}, which this llama.cpp needs; write it too")
+    description = described(folder)
+    placeholders = list(description["placeholders"])
+    path = folder / layout_of(llama).file
+    _check_whole(path, description["files"].get(path.name))
     load_sequence(llama, path, placeholders)
     llama.input_ids[: len(placeholders)] = placeholders
     llama.n_tokens = len(placeholders)
     return placeholders
+
+
+def _check_whole(path: Path, digest: str | None) -> None:
+    """Refuse a file that is not what was written: llama.cpp ends the whole process over a file that is too short."""
+    if not path.is_file():
+        raise CheckpointError(f"{str(path.parent)!r} has no {path.name}, which this llama.cpp needs; write it too")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        raise CheckpointError(f"{str(path)!r} is not the file that {DESCRIPTION} describes; write the prefix again")
 
 
 def layout_of(llama: Llama) -> Layout:
@@ -114,10 +123,10 @@ def load_sequence(llama: Llama, path: Path, placeholders: Sequence[int], sequenc
     Raises:
         EngineError: If it refuses, or has not all of it afterwards.
     """
-    program, said = library(), io.StringIO()
+    program = library()
     room, count = len(placeholders), ctypes.c_size_t(0)
     ids = (program.llama_token * room)()
-    with contextlib.redirect_stderr(said):  # where its log goes
+    with _overheard() as said:
         done = program.llama_state_seq_load_file(
             llama.ctx, str(path).encode(), sequence, ids, room, ctypes.byref(count)
         )
@@ -128,7 +137,22 @@ def load_sequence(llama: Llama, path: Path, placeholders: Sequence[int], sequenc
         )
     last = program.llama_memory_seq_pos_max(program.llama_get_memory(llama.ctx), sequence)
     if list(ids) != list(placeholders) or last != room - 1:
-        raise EngineError(f"{path.name!r} is not the file that {DESCRIPTION} describes; write the prefix again")
+        raise EngineError(
+            f"{path.name!r} has the tokens {list(ids)}, the last one at {last}, and the text goes behind {placeholders}"
+        )
+
+
+@contextlib.contextmanager
+def _overheard() -> Iterator[io.StringIO]:
+    """What llama.cpp says meanwhile; llama-cpp-python prints it, and takes its errors for the least of levels."""
+    logger, said = logging.getLogger("llama-cpp-python"), io.StringIO()
+    level = logger.level
+    logger.setLevel(logging.DEBUG)
+    try:
+        with contextlib.redirect_stderr(said):
+            yield said
+    finally:
+        logger.setLevel(level)
 
 
 def _one_line(said: str) -> str:
@@ -136,7 +160,7 @@ def _one_line(said: str) -> str:
 
 
 @contextlib.contextmanager
-def running(gguf: Path, layout: Layout, context: int, threads: int | None) -> Iterator[Llama]:
+def started(gguf: Path, layout: Layout, context: int, threads: int | None) -> Iterator[Llama]:
     """Inside, llama.cpp runs ``gguf`` with room for ``context`` tokens."""
     number, _ = TYPES[layout.dtype]
     program = library()
