@@ -5,6 +5,7 @@ Every way to lose or bend the prefix there that is known without a word of llama
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import struct
@@ -428,6 +429,31 @@ def test_the_page_of_the_documentation(llama, tmp_path, monkeypatch, capsys):
             exec(compile(code, str(PAGE), "exec"), namespace)
         printed = capsys.readouterr().out
         assert NUMBER.sub("N", printed) == NUMBER.sub("N", text), printed
+
+
+def test_slots_with_a_cache_of_their_own(llama, written):
+    """As in llama-server with --parallel 4: the file for four streams goes into any of them."""
+    model, path, folder = written
+    target.write(model, folder / "four", gguf=path, streams=4)
+    with running.started(path, Layout("f32"), 64, 1) as program:
+        settings = program.context_params
+        settings.n_seq_max, settings.kv_unified = 4, False
+        context = llama.llama_init_from_model(program.model, settings)
+        ids, count = (llama.llama_token * TOKENS)(), ctypes.c_size_t(0)
+        for slot in (2, 0):
+            load = [str(folder / "four" / "prefix.f32.bin").encode(), slot, ids, TOKENS]
+            assert llama.llama_state_seq_load_file(context, *load, ctypes.byref(count))
+        memory = llama.llama_get_memory(context)
+        assert [llama.llama_memory_seq_pos_max(memory, slot) for slot in range(4)] == [TOKENS - 1, -1, TOKENS - 1, -1]
+        batch = llama.llama_batch_init(1, 0, 1)
+        for place, token in enumerate(PROMPT, TOKENS):
+            batch.n_tokens, batch.token[0], batch.pos[0] = 1, token, place
+            batch.n_seq_id[0], batch.seq_id[0][0], batch.logits[0] = 1, 2, 1
+            assert llama.llama_decode(context, batch) == 0
+        logits = torch.tensor(llama.llama_get_logits_ith(context, -1)[: tiny.VOCAB])
+        torch.testing.assert_close(logits, answers_of(model, PROMPT, 1)[0].logits, atol=1e-4, rtol=0)
+        llama.llama_batch_free(batch)
+        llama.llama_free(context)
 
 
 # Traps that llama.cpp falls into without a word
