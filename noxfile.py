@@ -99,6 +99,17 @@ def peers(session: nox.Session) -> None:
 
 
 @nox.session
+def llama_cpp(session: nox.Session) -> None:
+    """The prefix in llama.cpp, which llama-cpp-python builds from source (minutes)."""
+    overlay = Path(os.environ.get("LLAMA_CPP_OVERLAY", ".nox/llama-cpp"))
+    if not overlay.exists():
+        install = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(overlay))
+        session.run(*install, "gguf==0.19.0", "llama-cpp-python==0.3.36", "diskcache")  # the rest is there
+    path = os.pathsep.join(filter(None, [str(overlay), os.environ.get("PYTHONPATH")]))
+    session.run("pytest", "tests/test_llama_cpp.py", *session.posargs, env={"PYTHONPATH": path})
+
+
+@nox.session
 def figures(session: nox.Session) -> None:
     """Draw the figures of the documentation."""
     session.run("python", "docs/figures.py")

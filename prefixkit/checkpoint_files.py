@@ -64,13 +64,13 @@ def write_files(
         raise CheckpointError(f"cannot save to {str(directory)!r}: it is a file; name a folder")
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory / tensor_file, tensors, metadata or {})
-    _replace(directory / config_file, (json.dumps(document, indent=2) + "\n").encode())
+    replace_file(directory / config_file, (json.dumps(document, indent=2) + "\n").encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
     """Write one safetensors file in one step."""
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    _replace(path, safetensors.torch.save(plain, metadata={"format": "pt", **metadata}))
+    replace_file(path, safetensors.torch.save(plain, metadata={"format": "pt", **metadata}))
 
 
 class OwnCheckpoint:
@@ -183,7 +183,7 @@ def _checkpoints_inside(directory: Path) -> list[str]:
     return sorted({file.parent.name for name in (TENSOR_FILE, ADAPTER_FILE) for file in directory.glob(f"*/{name}")})
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write ``content`` beside ``path``, flush it to the disk, and put it in its place."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

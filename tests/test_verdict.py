@@ -45,6 +45,7 @@ def test_answers_are_those_of_forward_calls():
                 logits[tiny.SPECIAL["eos_token_id"]] = -torch.inf
                 best = logits.topk(2)
                 assert answer.tokens[number] == best.indices[0]
+                assert answer.leads[number] == pytest.approx(float(best.values[0] - best.values[1]), abs=1e-4)
                 ids = torch.cat([ids, best.indices[None, :1]], dim=1)
 
 
@@ -63,6 +64,27 @@ def test_what_the_weights_are_off_by_without_a_prefix_is_granted_with_it(ours):
     judge("quantised", ours, tuple(off_by(answer, size) for answer in ours))
     with pytest.raises(prefixkit.VerificationError, match="not read as it should be"):
         judge("exact", ours, (off_by(ours[0], size), ours[1]))
+
+
+def test_rounding_in_float16_passes_however_well_the_bare_base_is_hit(ours):
+    effect = float((ours[0].logits - ours[1].logits).abs().max())
+    judge("flash attention", ours, (off_by(ours[0], effect / 200), ours[1]))
+    with pytest.raises(prefixkit.VerificationError, match="not read as it should be"):
+        judge("bent", ours, (off_by(ours[0], effect / 50), ours[1]))
+
+
+def test_an_end_that_is_not_allowed_gives_no_lead():
+    """The text has to go on, so how far its end is ahead does not say how sure the next token is."""
+    model = tiny.make("llama").eval()
+    prefixkit.apply(model, num_virtual_tokens=5)
+    expected = answers_of(model, PROMPT, NEW)[0]
+    end = model.generation_config.eos_token_id
+    with torch.no_grad():
+        hidden = model.model(torch.tensor([PROMPT])).last_hidden_state[0, -1]
+        model.lm_head.weight[end] = 10 * hidden / hidden.norm()
+    answer = answers_of(model, PROMPT, NEW)[0]
+    assert answer.logits.argmax() == end
+    assert (answer.tokens[0], answer.leads[0]) == (expected.tokens[0], pytest.approx(expected.leads[0], abs=1e-5))
 
 
 def test_a_lost_prefix_is_an_error(ours):

@@ -24,6 +24,11 @@ SLACK = 4.0
 """How many times the difference without the prefix the one with it may be: another text rounds elsewhere."""
 LEAST = 1e-3
 """A difference in logits that is rounding in float32, whatever the program."""
+SMALL = 0.01
+"""A difference that is rounding in float16, as a part of what the prefix moves: one that is read wrongly moves as much.
+
+The difference without the prefix says how a program rounds, but of one token only, and that may be a lucky one.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class Answer:
     Attributes:
         logits: Of the first new token, ``(vocabulary,)``, in float32 on the CPU.
         tokens: The new tokens, each the likeliest.
-        leads: By how much each one's logit is above the second one's; only the model's own are asked for.
+        leads: By how much each one's logit is above that of the next that could have been said; only the model's own
+            are asked for.
     """
 
     logits: torch.Tensor
@@ -64,7 +70,7 @@ class Verdict:
     @property
     def allowed(self) -> float:
         """The largest difference with the prefix that is the program's own."""
-        return max(LEAST, SLACK * self.without_prefix)
+        return max(LEAST, SLACK * self.without_prefix, SMALL * self.effect)
 
     def __str__(self) -> str:
         """One line."""
@@ -79,12 +85,16 @@ def answer_of(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int) ->
     """What ``model`` says, with its prefix unless that is disabled."""
     ids = torch.tensor([list(prompt)], device=model.device)
     settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
-    shown = {"return_dict_in_generate": True, "output_logits": True}
+    shown = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
     with torch.no_grad():
         found = model.generate(ids, attention_mask=torch.ones_like(ids), **settings, **shown)  # type: ignore[operator]
-    logits = torch.cat(found.logits).float().cpu()
-    best, second = logits.topk(2).values.unbind(-1)
-    return Answer(logits[0], tuple(found.sequences[0, len(prompt) :].tolist()), tuple((best - second).tolist()))
+    # The scores are the logits of what may be said: no token that ends the text.
+    best, second = torch.cat(found.scores).float().cpu().topk(2).values.unbind(-1)
+    return Answer(
+        found.logits[0][0].float().cpu(),
+        tuple(found.sequences[0, len(prompt) :].tolist()),
+        tuple((best - second).tolist()),
+    )
 
 
 def answers_of(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int) -> tuple[Answer, Answer]:
