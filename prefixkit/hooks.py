@@ -10,6 +10,7 @@ from torch import nn
 from prefixkit import placement, transformers_internals as internals
 from prefixkit.adapter import PositionTable, Stack
 from prefixkit.attention_engine import AttentionEngine
+from prefixkit.continuous_batching import check_paged
 from prefixkit.errors import UnsupportedModelError
 from prefixkit.infix import AfterLabels, BeforeLabels
 from prefixkit.kept import once
@@ -56,6 +57,7 @@ class BeforeStack:
         reading = self.prefixes.reading()
         if reading is not None:
             return (), AttentionEngine.send(module, self.stack, arguments, active, reading)
+        check_paged(self.prefixes, arguments)
         if not self.prefixes.enabled:
             return (), active.engine.off(module, self.stack, arguments, active)
         kept = self.prefixes.kept(arguments.get("past_key_values"))
