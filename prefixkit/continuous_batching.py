@@ -89,11 +89,11 @@ def _what_is_wrong(model: PreTrainedModel, prefixes: Prefixes) -> str:
 
 
 def _is_plain(attachment: Attachment) -> bool:
-    """Whether it stands in one decoder that is told its positions, and calls transformers' attention function."""
+    """Whether it stands in one decoder that is told its positions, and hands the cache down to its attention."""
     stacks = [stack for stack in attachment.stacks if stack.sites]
     sites = {site.stack for stack in stacks for site in stack.sites}
-    told = all(isinstance(stack.positions, PositionIds) and stack.site_forward is None for stack in stacks)
-    return sites == {"decoder"} and told
+    told = all(isinstance(stack.positions, PositionIds) and stack.hands_down for stack in stacks)
+    return sites == {"decoder"} and told and all(stack.site_forward is None for stack in stacks)
 
 
 def check_paged(prefixes: Prefixes, arguments: Mapping[str, Any]) -> None:

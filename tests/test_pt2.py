@@ -81,7 +81,7 @@ def test_bit_by_bit_and_again(written):
 
 def test_another_prefix_without_another_export(written):
     model, folder = written
-    other = with_prefix("llama", init=torch.randn(TOKENS, 96, generator=torch.Generator().manual_seed(7)))
+    other = prefixkit.apply(tiny.make("llama"), num_virtual_tokens=TOKENS, init=tiny.random_flat(96, TOKENS, seed=7))
     assert all(
         torch.equal(one, two) for one, two in zip(model.model.parameters(), other.model.parameters(), strict=True)
     )  # one base
