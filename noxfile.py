@@ -122,6 +122,24 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def onnx(session: nox.Session) -> None:
+    """The graphs for onnxruntime, with the packages that they need laid over."""
+    overlay = Path(os.environ.get("ONNX_OVERLAY", ".nox/onnx"))
+    if not overlay.exists():
+        install = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(overlay))
+        packages = ("onnx==1.23.2", "onnxscript==0.7.2", "onnx-ir==1.1.0", "onnxruntime==1.32.0")
+        session.run(*install, *packages, "ml_dtypes==0.6.0", "protobuf==7.36.2", "flatbuffers==25.12.19")
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(overlay)]))
+    session.run("pytest", "-m", "not gpu", "tests/test_onnx.py", *session.posargs, env={"PYTHONPATH": path})
+
+
+@nox.session
+def pt2(session: nox.Session) -> None:
+    """The graphs of torch.export."""
+    session.run("pytest", "-m", "not gpu", "tests/test_pt2.py", *session.posargs)
+
+
+@nox.session
 def example(session: nox.Session) -> None:
     """The main job on real text, compared with full fine-tuning (about ten minutes)."""
     session.run("python", "examples/table_to_text.py", "--compare", *session.posargs)

@@ -278,6 +278,8 @@ def make_attention(name: str, original: internals.AttentionFunction) -> internal
             check_heads(site, key, value)
             output, weights = original(module, query, key, value, attention_mask, **kwargs)
             return output + state.addition.of(query, kwargs, site, module.training).transpose(1, 2), weights
+        # Continuous batching writes its cache inside the attention, and the prefix is no part of that.
+        key, value = internals.with_paged(module, key, value, kwargs)
         causal = attention_mask is None and _sdpa_would_be_causal(name, module, query.shape[2], kwargs)
         parts = is_torchs and state.is_seen_by_all(site) and pays(state.tokens(site), query, key)
         if parts and can_serve(query, key, value, attention_mask, kwargs):

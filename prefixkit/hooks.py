@@ -10,6 +10,7 @@ from torch import nn
 from prefixkit import placement, transformers_internals as internals
 from prefixkit.adapter import PositionTable, Stack
 from prefixkit.attention_engine import AttentionEngine
+from prefixkit.continuous_batching import check_paged
 from prefixkit.errors import UnsupportedModelError
 from prefixkit.infix import AfterLabels, BeforeLabels
 from prefixkit.kept import once
@@ -50,7 +51,9 @@ class BeforeStack:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The arguments with the prefix, or as they were if it is disabled."""
-        arguments = _renamed({**dict(zip(self.names, args, strict=False)), **kwargs}, self.cache, internals.CACHE)
+        named = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        check_paged(self.prefixes, named)
+        arguments = _renamed(named, self.cache, internals.CACHE)
         return (), _renamed(self._served(module, arguments), internals.CACHE, self.cache)
 
     def _served(self, module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:

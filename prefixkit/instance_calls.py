@@ -2,8 +2,8 @@
 
 ``Trainer`` saves with ``model.save_pretrained`` and resumes from a file ``model.safetensors``
 through ``model.load_state_dict``. While a prefix is attached the instance answers both calls
-itself, so that a training checkpoint holds the prefix and the head, and no base weights. Continuous batching
-would run the base without its prefix, so it is refused.
+itself, so that a training checkpoint holds the prefix and the head, and no base weights. Continuous batching is
+checked, since it would lose some prefixes without a word.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from prefixkit import checkpoint_files, transformers_internals as internals
 from prefixkit.attachment import MODULE
 from prefixkit.beside_peft import has_peft_layers, peft_parameters
 from prefixkit.cache_engine import CacheEngine
+from prefixkit.continuous_batching import WAYS_IN, ContinuousBatching
 from prefixkit.errors import CheckpointError, EngineError
 from prefixkit.infix import GenerateBehind
 from prefixkit.own_generate import OwnGenerate
@@ -136,16 +137,6 @@ class LoadStateDict:
         return _IncompatibleKeys([name for name in missing if name in ours], unexpected)
 
 
-class RefuseContinuousBatching:
-    """Stands in for the ways into continuous batching, whose attention takes no prefix."""
-
-    def __call__(self, *_: Any, **__: Any) -> None:
-        """Raise an :class:`EngineError`."""
-        raise EngineError(
-            "continuous batching does not serve a prefix; use generate(), or prefixkit.remove(model) first"
-        )
-
-
 class Generate(OwnGenerate):
     """Stands in for ``model.generate`` with the cache engine, whose virtual tokens stand in the cache."""
 
@@ -160,14 +151,11 @@ class Generate(OwnGenerate):
         return self.original()(*args, **kwargs)
 
 
-CONTINUOUS_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
-
-
 def start_answering(model: PreTrainedModel) -> None:
     """Have this instance answer the calls of this module itself, and remember what it answered before."""
     prefixes = require(model)
     attachments = prefixes.attachments.values()
-    answers: dict[str, Any] = dict.fromkeys(CONTINUOUS_BATCHING, RefuseContinuousBatching())
+    answers: dict[str, Any] = {name: ContinuousBatching(model, prefixes, name) for name in WAYS_IN}
     answers |= {"save_pretrained": SavePretrained(model), "load_state_dict": LoadStateDict(model)}
     answers["push_to_hub"] = PushToHub(model)
     if isinstance(prefixes.attachment.engine, CacheEngine) and model.can_generate():
@@ -183,7 +171,7 @@ def start_answering(model: PreTrainedModel) -> None:
 
 def stop_answering(model: PreTrainedModel) -> None:
     """Give the calls back to the class, or to what the instance had of its own."""
-    answers = (SavePretrained, LoadStateDict, PushToHub, Generate, GenerateBehind, RefuseContinuousBatching)
+    answers = (SavePretrained, LoadStateDict, PushToHub, Generate, GenerateBehind, ContinuousBatching)
     for name in [name for name, value in model.__dict__.items() if isinstance(value, answers)]:
         del model.__dict__[name]
     model.__dict__.update(require(model).displaced)

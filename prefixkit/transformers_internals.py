@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import cache, wraps
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from packaging.version import Version  # transformers brings it
 from torch import nn
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache, StaticLayer
+from transformers.integrations import sdpa_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -49,6 +51,9 @@ CACHE = "past_key_values"
 _CACHE_IS_RENAMED = Version(VERSION) >= Version("5.24.dev0")
 HELD = "prefixkit_identity"
 """The attribute of a cache that says which prefix is in it."""
+PAGED = "cache"
+"""The keyword under which continuous batching hands its cache down to the attention."""
+_Paged: Any = getattr(sdpa_attention, "PagedAttentionCache", None)
 WRAPPABLE = ("eager", "sdpa", "flex_attention")
 """Attention implementations whose masks the engine knows how to widen."""
 
@@ -118,6 +123,42 @@ def _standing_before(
     made = wraps(function)(make(name, function))
     setattr(made, STANDS_BEFORE, True)
     return made
+
+
+def paged_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache of continuous batching in the arguments of a stack or of an attention call; else ``None``."""
+    cache = arguments.get(PAGED)
+    return cache if _Paged is not None and isinstance(cache, _Paged) else None
+
+
+def has_paged_attention() -> bool:
+    """Whether sdpa itself reads and writes the cache of continuous batching, as from transformers 5.20 or so on."""
+    there = _Paged is not None and PAGED in signature(sdpa_attention_forward).parameters
+    return there and not _CACHE_IS_RENAMED  # every cache is called so from then on, and that was not tried
+
+
+def with_paged(
+    module: nn.Module, key: torch.Tensor, value: torch.Tensor, arguments: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All keys and values that an attention call reads.
+
+    In continuous batching the cache leaves ``arguments``, and these are written into it; else they are all.
+    """
+    cache = paged_cache(arguments)
+    if cache is None:
+        return key, value
+    del arguments[PAGED]
+    found: tuple[torch.Tensor, torch.Tensor] = cache.update(
+        key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=arguments
+    )
+    return found
+
+
+def without_flash(config: Any) -> Any:
+    """The settings of continuous batching, or their defaults, but for a change to flash attention by itself."""
+    from transformers import ContinuousBatchingConfig
+
+    return replace(config or ContinuousBatchingConfig(), auto_switch_to_flash=False)
 
 
 def is_torchs_attention(function: AttentionFunction) -> bool:
@@ -379,6 +420,33 @@ def new_static_cache(model_config: PreTrainedConfig, length: int, cross_length: 
     if cross_length is None:
         return own
     return EncoderDecoderCache(own, StaticCache(config=model_config, max_cache_len=cross_length))
+
+
+def cache_of(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Cache:
+    """A native cache that holds these keys and values, a pair for each layer, and grows in all of them."""
+    cache = DynamicCache()
+    for layer, (key, value) in enumerate(pairs):
+        cache.update(key, value, layer)
+    return cache
+
+
+def pairs_in(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The keys and values that a native cache holds, layer by layer."""
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def static_cache_over(parts: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Cache:
+    """A cache that writes into these tensors: for each layer keys, values, and how many tokens they hold.
+
+    A layer with a sliding window has room for every token too: its mask says what is seen.
+    """
+    layers: list[Any] = []
+    for keys, values, held in parts:
+        layer = StaticLayer(max_cache_len=keys.shape[2])
+        layer.keys, layer.values, layer.cumulative_length = keys, values, held
+        layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+        layers.append(layer)
+    return Cache(layers=layers)
 
 
 def static_layers_append() -> bool:

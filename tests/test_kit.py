@@ -41,8 +41,11 @@ UNPROVEN = {
         "test_gradients_of_the_kernels_agree",
         "test_offloaded_cache",
     },
-    "without our refusal transformers refuses": {"test_continuous_batching_is_right_or_refused"},
-    "what can be planted breaks the plain test first": {"test_layers_on_disk", "test_resume_under_checkpointing"},
+    "what can be planted breaks the plain test first": {
+        "test_continuous_batching_is_right_or_refused",
+        "test_layers_on_disk",
+        "test_resume_under_checkpointing",
+    },
 }
 """Tests of the kit that no wrong subject names, by reason."""
 

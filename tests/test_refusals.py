@@ -124,16 +124,6 @@ def test_positions_past_the_table(engine):
     tiny.logits(model, input_ids=wider, attention_mask=torch.cat([torch.zeros(2, 4, dtype=torch.long), mask], dim=1))
 
 
-def test_continuous_batching():
-    """transformers would answer with empty lists, or with the base."""
-    model = with_prefix("llama")
-    message = r"^continuous batching does not serve a prefix; use generate\(\), or prefixkit.remove\(model\) first$"
-    with pytest.raises(prefixkit.EngineError, match=message):
-        model.generate_batch(inputs=[[5, 6, 7]])
-    prefixkit.remove(model)
-    assert model.generate_batch.__func__ is type(model).generate_batch
-
-
 def test_heads_that_are_not_what_the_adapter_said():
     """As when a model's heads are spread over devices after ``apply``."""
     model = with_prefix("llama")

@@ -1,0 +1,70 @@
+"""The plain file of keys and values beside an exported graph, and what a target needs of packages."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prefixkit.errors import EngineError, UnsupportedModelError
+from prefixkit.exporting import export
+from prefixkit.native_cache import to_cache
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+PREFIX = "prefix.safetensors"
+"""What :func:`prefixkit.export` writes, with keys for a text that starts behind them."""
+
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values by the layer, each ``(1, kv_heads, tokens, dim)``."""
+
+
+def needed(package: str, extra: str) -> Any:
+    """The package, imported.
+
+    Raises:
+        EngineError: If it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise EngineError(f"{package} is not installed; pip install 'prefixkit[{extra}]'") from error
+
+
+def write_prefix(model: PreTrainedModel, folder: Path) -> Pairs:
+    """Write the prefix of a decoder-only ``model`` into ``folder``, in the model's dtype.
+
+    Raises:
+        AttachmentError: If the model has no prefix.
+        EngineError: If keys and values in front of the text do not say it all.
+        UnsupportedModelError: If the model has an encoder.
+    """
+    pairs: Any = to_cache(model, kind="tuple")
+    if model.config.is_encoder_decoder or any(len(pair) > 2 for pair in pairs):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} attends to an encoder, and a graph is written of decoder-only models; hand over "
+            "its keys and values with prefixkit.export, or its cache with prefixkit.to_cache"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    export(model, folder / PREFIX, positions="shift", dtype=pairs[0][0].dtype)
+    return [(key, value) for key, value in pairs]
+
+
+def read_prefix(file: Path) -> Pairs:
+    """What :func:`write_prefix` wrote, from the file alone."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(file)
+    layers = range(len(tensors) // 2)
+    return [(tensors[f"decoder.{layer}.key"][None], tensors[f"decoder.{layer}.value"][None]) for layer in layers]
+
+
+def ends_of(model: PreTrainedModel) -> tuple[int, ...]:
+    """The tokens that end a text, which ``generate`` does not choose while a length is asked for."""
+    settings = model.generation_config
+    ends = None if settings is None else settings.eos_token_id
+    return tuple([ends] if isinstance(ends, int) else ends or ())
