@@ -101,7 +101,9 @@ def test_what_is_there_is_not_overwritten(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["template", "new-kind"])
     assert main() == 0
-    assert capsys.readouterr().out.startswith("prefixkit-new-kind has prefixkit-new-kind; README.md says")
+    assert capsys.readouterr().out.startswith(
+        "the plugin prefixkit-new-kind is in prefixkit-new-kind; its README.md says"
+    )
     mine = tmp_path / "prefixkit-new-kind/prefixkit_new_kind.py"
     mine.write_text("mine")
     assert main() == 1

@@ -25,8 +25,10 @@ def main() -> int:
     except (PluginError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
-    print(f"{folder} has {names_for(options.model_type)['prefixkit-mytype']}; README.md says what is left to do. Now:")
-    print(f'  cd {folder}\n  pip install -e ".[test]"\n  pytest -m "not slow and not gpu"')
+    print(
+        f"the plugin {names_for(options.model_type)['prefixkit-mytype']} is in {folder}; its README.md says what to do."
+    )
+    print(f'  cd {folder}\n  pip install -e ".[test]"\n  OMP_NUM_THREADS=1 pytest -m "not slow and not gpu"')
     return 0
 
 
