@@ -16,9 +16,6 @@ from prefixkit import transformers_internals as internals
 from prefixkit.errors import EngineError
 from prefixkit.prefix_state import NO_MASK, find_state, keys_in_front
 
-CACHE_NAMES = ("layer_past", "past_key_values", "past_key_value", "cache")
-"""What attention calls its native cache in transformers, of one version or another."""
-
 
 class CacheInFront:
     """Stands in for the cache of one attention call; what it gives back has the prefix in front.
@@ -75,7 +72,7 @@ def through_cache(
             make a causal one of its own.
     """
     names = _parameters(type(module))
-    cache_name = cache_name or next((name for name in CACHE_NAMES if name in names), CACHE_NAMES[0])
+    cache_name = cache_name or next((name for name in internals.CACHES if name in names), internals.CACHES[0])
     for name in (cache_name, mask_name):
         if name is not None and name not in names:
             raise EngineError(

@@ -48,6 +48,8 @@ STANDS_BEFORE = "prefixkit_stands_before"
 """The attribute that marks an attention function as ours."""
 CACHE = "past_key_values"
 """The parameter that takes the native cache; in transformers itself it is ``cache`` from 5.24 on."""
+CACHES = ("layer_past", CACHE, "past_key_value", "cache")
+"""What attention calls the same, in one version of transformers or another."""
 _CACHE_IS_RENAMED = Version(VERSION) >= Version("5.24.dev0")
 HELD = "prefixkit_identity"
 """The attribute of a cache that says which prefix is in it."""
@@ -285,13 +287,19 @@ def _names_of(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def takes_what(module: nn.Module, function: Callable[..., Any]) -> bool:
-    """Whether ``function(module, ...)`` takes what the module's own ``forward`` takes, all by name."""
+    """Whether ``function(module, ...)`` takes what the module's own ``forward`` takes, all by name.
+
+    A function that knows the cache by names of other versions only, and swallows the rest, would lose it.
+    """
     variable = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
     given = signature(type(module).forward).parameters.values()
     names = {one.name for one in list(given)[1:] if one.kind not in variable}
     wanted = list(signature(function).parameters.values())[1:]
     takes = {one.name for one in wanted if one.kind not in variable}
     needs = {one.name for one in wanted if one.name in takes and one.default is Parameter.empty}
+    theirs, known = names & set(CACHES), takes & set(CACHES)
+    if theirs and known and not theirs & known:
+        return False
     return needs <= names and (names <= takes or any(one.kind is Parameter.VAR_KEYWORD for one in wanted))
 
 

@@ -13,6 +13,7 @@ import torch
 from changed_adapters import with_site_forward
 
 import prefixkit
+from prefixkit import transformers_internals as internals
 from prefixkit.errors import EngineError
 from prefixkit.prefixes import find
 from prefixkit.testing.recording import uncompiled
@@ -105,3 +106,22 @@ def test_a_bias_that_no_engine_could_use_is_not_what_is_named():
         apply(adapter, made(), engine="attention")
     with pytest.raises(EngineError, match="engine cannot reach it; and positions='none' .*; positions='shift'$"):
         apply(adapter, made(), positions="none")
+
+
+class Renamed(torch.nn.Module):
+    """Attention whose cache has another name than an adapter knows."""
+
+    def forward(self, hidden_states, attention_mask=None, cache=None):
+        raise NotImplementedError
+
+
+def test_a_cache_of_another_name_is_not_swallowed():
+    def older(module, hidden_states, attention_mask=None, past_key_values=None, **_):
+        raise NotImplementedError
+
+    def of_both(module, hidden_states, attention_mask=None, past_key_values=None, cache=None, **_):
+        raise NotImplementedError
+
+    assert not internals.takes_what(Renamed(), older)
+    assert internals.takes_what(Renamed(), of_both)
+    assert internals.takes_what(Renamed(), prefixkit.through_cache)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from spoiled import spoil
 
 import prefixkit
 from prefixkit.serving import onnx
@@ -80,14 +79,6 @@ def test_rows_padded_on_the_left_are_the_rows_alone(written, baked):
         torch.testing.assert_close(torch.from_numpy(logits[:, -1]), expected, atol=1e-4, rtol=0)
         ids = logits[:, -1:].argmax(-1)
         mask = np.concatenate([mask, np.ones((3, 1), dtype=np.int64)], axis=1)
-
-
-def spoil(folder, change):
-    """Change the tensors of the file with the prefix; its header stays."""
-    file = folder / PREFIX
-    with safe_open(file, framework="pt") as opened:
-        header = opened.metadata()
-    save_file(change(load_file(file)), file, header)
 
 
 def test_a_prefix_that_is_fed_nowhere(llama, monkeypatch):

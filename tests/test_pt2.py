@@ -7,8 +7,7 @@ import shutil
 import pytest
 import tiny
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from spoiled import spoil
 from versions import since
 
 import prefixkit
@@ -115,14 +114,6 @@ def test_refusals(name, error, message, tmp_path):
     with pytest.raises(error, match=message):
         pt2.write(model, tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def spoil(folder, change):
-    """Change the tensors of the file with the prefix; its header stays."""
-    file = folder / PREFIX
-    with safe_open(file, framework="pt") as opened:
-        header = opened.metadata()
-    save_file(change(load_file(file)), file, header)
 
 
 def test_a_prefix_that_is_put_nowhere(written, monkeypatch):

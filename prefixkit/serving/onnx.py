@@ -20,8 +20,8 @@ from prefixkit import transformers_internals as internals
 from prefixkit.as_it_was import as_it_was
 from prefixkit.errors import EngineError
 from prefixkit.lifecycle import disabled
-from prefixkit.serving.prefix_file import PREFIX, Pairs, ends_of, needed, read_prefix, write_prefix
-from prefixkit.serving.verdict import Answer, Verdict, answers_of, judge
+from prefixkit.serving.prefix_file import PREFIX, Pairs, needed, read_prefix, write_prefix
+from prefixkit.serving.verdict import Answer, Verdict, answers_of, ends_of, greedy, judge
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -83,7 +83,7 @@ def answers(
     bare = session_of(folder / BARE)
     with_prefix = (session_of(folder / BAKED), None) if baked else (bare, read_prefix(folder / PREFIX))
     asked = (with_prefix, (bare, None))
-    first, second = (greedy(one, prompt, new_tokens, past, never) for one, past in asked)
+    first, second = (ask(one, prompt, new_tokens, past, never) for one, past in asked)
     return first, second
 
 
@@ -199,21 +199,16 @@ def call(
     return logits, dict(zip(past, present, strict=True))
 
 
-def greedy(
-    session: Any, prompt: Sequence[int], new_tokens: int, prefix: Pairs | None = None, never: Sequence[int] = ()
-) -> Answer:
-    """The likeliest tokens after ``prompt``, behind ``prefix`` as the first past if one is given."""
+def ask(session: Any, prompt: Sequence[int], new_tokens: int, prefix: Pairs | None, never: Sequence[int]) -> Answer:
+    """What ``session`` says behind ``prefix`` as its first past, or behind nothing."""
     import numpy as np
 
-    past, ids, tokens, first = first_past(session, prefix), np.array([list(prompt)], dtype=np.int64), [], None
-    held = prefix[0][0].shape[2] if prefix else 0
-    for _ in range(new_tokens):
-        held += ids.shape[1]
-        logits, past = call(session, ids, np.ones((1, held), dtype=np.int64), past)
-        last = logits[0, -1].astype(np.float32)
-        first = torch.from_numpy(last.copy()) if first is None else first
-        last[list(never)] = -np.inf
-        tokens.append(int(last.argmax()))
-        ids = np.array([[tokens[-1]]], dtype=np.int64)
-    assert first is not None, "no token was asked for"
-    return Answer(first, tuple(tokens))
+    past, held = first_past(session, prefix), prefix[0][0].shape[2] if prefix else 0
+
+    def step(unread: list[int]) -> torch.Tensor:
+        nonlocal past, held
+        held += len(unread)
+        logits, past = call(session, np.array([unread], dtype=np.int64), np.ones((1, held), dtype=np.int64), past)
+        return torch.from_numpy(logits[0, -1])
+
+    return greedy(step, prompt, new_tokens, never)

@@ -61,10 +61,3 @@ def read_prefix(file: Path) -> Pairs:
     tensors = load_file(file)
     layers = range(len(tensors) // 2)
     return [(tensors[f"decoder.{layer}.key"][None], tensors[f"decoder.{layer}.value"][None]) for layer in layers]
-
-
-def ends_of(model: PreTrainedModel) -> tuple[int, ...]:
-    """The tokens that end a text, which ``generate`` does not choose while a length is asked for."""
-    settings = model.generation_config
-    ends = None if settings is None else settings.eos_token_id
-    return tuple([ends] if isinstance(ends, int) else ends or ())

@@ -17,8 +17,8 @@ from prefixkit.as_it_was import as_it_was
 from prefixkit.errors import CheckpointError, ConfigError, EngineError
 from prefixkit.lifecycle import disabled
 from prefixkit.prefixes import require
-from prefixkit.serving.prefix_file import PREFIX, Pairs, ends_of, read_prefix, write_prefix
-from prefixkit.serving.verdict import Answer, Verdict, answers_of, judge
+from prefixkit.serving.prefix_file import PREFIX, Pairs, read_prefix, write_prefix
+from prefixkit.serving.verdict import Answer, Verdict, answers_of, ends_of, greedy, judge
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -162,8 +162,8 @@ def answers(
         never: Tokens that are not chosen, such as the one that ends a text.
     """
     program = Program(Path(folder) / GRAPH)
-    with_prefix = greedy(program, read_prefix(Path(folder) / PREFIX), prompt, new_tokens, never)
-    return with_prefix, greedy(program, None, prompt, new_tokens, never)
+    with_prefix = ask(program, read_prefix(Path(folder) / PREFIX), prompt, new_tokens, never)
+    return with_prefix, ask(program, None, prompt, new_tokens, never)
 
 
 def verify(model: PreTrainedModel, folder: Path, prompt: Sequence[int], new_tokens: int = 16) -> Verdict:
@@ -176,17 +176,7 @@ def verify(model: PreTrainedModel, folder: Path, prompt: Sequence[int], new_toke
     return judge(name, answers_of(model, prompt, new_tokens), theirs)
 
 
-def greedy(
-    program: Program, prefix: Pairs | None, prompt: Sequence[int], new_tokens: int, never: Sequence[int] = ()
-) -> Answer:
-    """The likeliest tokens after ``prompt``, behind ``prefix`` or nothing."""
+def ask(program: Program, prefix: Pairs | None, prompt: Sequence[int], new_tokens: int, never: Sequence[int]) -> Answer:
+    """What the graph says behind ``prefix`` or nothing."""
     program.start(prefix)
-    ids, tokens, first = torch.tensor([list(prompt)]), [], None
-    for _ in range(new_tokens):
-        logits = program(ids)[0, -1].float()
-        first = logits.clone() if first is None else first
-        logits[list(never)] = -torch.inf
-        tokens.append(int(logits.argmax()))
-        ids = torch.tensor([[tokens[-1]]])
-    assert first is not None, "no token was asked for"
-    return Answer(first, tuple(tokens))
+    return greedy(lambda unread: program(torch.tensor([unread]))[0, -1], prompt, new_tokens, never)

@@ -16,7 +16,7 @@ from prefixkit.errors import VerificationError
 from prefixkit.lifecycle import disabled
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
@@ -95,6 +95,34 @@ def answer_of(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int) ->
         tuple(found.sequences[0, len(prompt) :].tolist()),
         tuple((best - second).tolist()),
     )
+
+
+def greedy(
+    step: Callable[[list[int]], torch.Tensor], prompt: Sequence[int], new_tokens: int, never: Sequence[int] = ()
+) -> Answer:
+    """What a program says to ``prompt``.
+
+    Args:
+        step: Given the tokens that the program has not read yet, the logits ``(vocabulary,)`` of the next one.
+        prompt: Token ids.
+        new_tokens: How many are asked for, 1 or more.
+        never: Tokens that are not chosen, such as the one that ends a text.
+    """
+    unread, tokens, logits = list(prompt), [], []
+    for _ in range(new_tokens):
+        logits.append(step(unread).float())
+        allowed = logits[-1].clone()
+        allowed[list(never)] = -torch.inf
+        unread = [int(allowed.argmax())]
+        tokens += unread
+    return Answer(logits[0], tuple(tokens))
+
+
+def ends_of(model: PreTrainedModel) -> tuple[int, ...]:
+    """The tokens that end a text, which ``generate`` does not choose while a length is asked for."""
+    settings = model.generation_config
+    ends = None if settings is None else settings.eos_token_id
+    return tuple([ends] if isinstance(ends, int) else ends or ())
 
 
 def answers_of(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int) -> tuple[Answer, Answer]:

@@ -23,7 +23,7 @@ from prefixkit.prefixes import require
 from prefixkit.serving.llama_cpp.gguf_file import ORDERS, GgufFile, order_of
 from prefixkit.serving.llama_cpp.running import DESCRIPTION, FORMAT, ask, described, restore, started
 from prefixkit.serving.llama_cpp.state_file import TYPES, Body, Layout, state
-from prefixkit.serving.verdict import Answer, Verdict, answers_of, judge
+from prefixkit.serving.verdict import Answer, Verdict, answers_of, ends_of, judge
 from prefixkit.turning import turned
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def write(
         "num_virtual_tokens": len(ids),
         "placeholders": ids,
         "text_starts_at": len(ids),
-        "eos_token_ids": _eos(model),
+        "eos_token_ids": list(ends_of(model)),
         "order_of_keys": order,
         "streams": streams,
         "files": {file_name: hashlib.sha256(content).hexdigest() for file_name, content in contents.items()},
@@ -252,9 +252,3 @@ def _drawn(words: Sequence[int], pieces: dict[str, KeyValue]) -> list[int]:
         digest.update(part.contiguous().cpu().numpy().tobytes())
     tokens = next(iter(pieces.values())).key.shape[1]
     return random.Random(digest.hexdigest()).choices(words, k=tokens)  # noqa: S311  no secret
-
-
-def _eos(model: PreTrainedModel) -> list[int]:
-    """The ids that end a text."""
-    found = getattr(model.generation_config, "eos_token_id", None)
-    return [] if found is None else [found] if isinstance(found, int) else list(found)

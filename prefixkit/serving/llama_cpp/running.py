@@ -16,7 +16,7 @@ import torch
 
 from prefixkit.errors import CheckpointError, ConfigError, EngineError
 from prefixkit.serving.llama_cpp.state_file import TYPES, Layout
-from prefixkit.serving.verdict import Answer
+from prefixkit.serving.verdict import Answer, greedy
 
 if TYPE_CHECKING:
     from llama_cpp import Llama
@@ -177,14 +177,13 @@ def started(gguf: Path, layout: Layout, context: int, threads: int | None) -> It
 
 def ask(llama: Llama, prompt: Sequence[int], new_tokens: int, never: Sequence[int]) -> Answer:
     """What llama.cpp says to ``prompt``: each time the likeliest token but those of ``never``."""
-    program = library()
-    tokens, first = list(prompt), torch.empty(0)
-    for number in range(new_tokens):
+    program, read = library(), list[int]()
+
+    def step(unread: list[int]) -> torch.Tensor:
         # A prompt that goes on where the last one ended, as any user's: what is there already is kept.
-        next(llama.generate(list(tokens), temp=0.0))
+        read.extend(unread)
+        next(llama.generate(list(read), temp=0.0))
         pointer = program.llama_get_logits_ith(llama.ctx, -1)
-        logits = torch.tensor(pointer[: llama.n_vocab()], dtype=torch.float32)
-        first = logits.clone() if number == 0 else first
-        logits[list(never)] = -torch.inf
-        tokens.append(int(logits.argmax()))
-    return Answer(first, tuple(tokens[len(prompt) :]))
+        return torch.tensor(pointer[: llama.n_vocab()], dtype=torch.float32)
+
+    return greedy(step, prompt, new_tokens, never)
