@@ -106,7 +106,13 @@ def llama_cpp(session: nox.Session) -> None:
         install = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(overlay))
         session.run(*install, "gguf==0.19.0", "llama-cpp-python==0.3.36", "diskcache")  # the rest is there
     path = os.pathsep.join(filter(None, [str(overlay), os.environ.get("PYTHONPATH")]))
-    session.run("pytest", "tests/test_llama_cpp.py", *session.posargs, env={"PYTHONPATH": path})
+    session.run(
+        "pytest",
+        "tests/test_llama_cpp.py",
+        "tests/test_serving_commands.py",
+        *session.posargs,
+        env={"PYTHONPATH": path},
+    )
 
 
 @nox.session
@@ -130,7 +136,8 @@ def onnx(session: nox.Session) -> None:
         packages = ("onnx==1.23.2", "onnxscript==0.7.2", "onnx-ir==1.1.0", "onnxruntime==1.32.0")
         session.run(*install, *packages, "ml_dtypes==0.6.0", "protobuf==7.36.2", "flatbuffers==25.12.19")
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(overlay)]))
-    session.run("pytest", "-m", "not gpu", "tests/test_onnx.py", *session.posargs, env={"PYTHONPATH": path})
+    tests = ("tests/test_onnx.py", "tests/test_serving_commands.py")
+    session.run("pytest", "-m", "not gpu", *tests, *session.posargs, env={"PYTHONPATH": path})
 
 
 @nox.session

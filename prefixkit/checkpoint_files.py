@@ -105,7 +105,7 @@ def read_config(directory: Path) -> PrefixConfig:
     path = directory / TENSOR_FILE
     if not path.is_file():
         raise no_checkpoint(directory)
-    header = json_object(_header(path), f"the header of {path}", CheckpointError)
+    header = read_header(path)
     beside = directory / CONFIG_FILE
     if beside.is_file():
         document = read_json(beside)
@@ -152,12 +152,25 @@ def written_by_prefixkit(path: Path) -> bool:
         return HEADER in (file.metadata() or {})
 
 
-def _header(path: Path) -> str:
+def is_checkpoint(path: Path) -> bool:
+    """Whether there is a file at ``path`` that :func:`prefixkit.save` wrote."""
+    try:
+        return path.is_file() and written_by_prefixkit(path)
+    except CheckpointError:
+        return False  # of another kind, or damaged
+
+
+def read_header(path: Path, entry: str = HEADER) -> dict[str, Any]:
+    """The JSON object in an entry of a safetensors file's metadata.
+
+    Raises:
+        CheckpointError: If the file is damaged, or has no such entry.
+    """
     with _open(path) as file:
         metadata = file.metadata() or {}
-    if HEADER not in metadata:
-        raise CheckpointError(f"{path} was not written by prefixkit: its header has no {HEADER!r} entry")
-    return str(metadata[HEADER])
+    if entry not in metadata:
+        raise CheckpointError(f"{path} was not written by prefixkit: its header has no {entry!r} entry")
+    return json_object(metadata[entry], f"the header of {path}", CheckpointError)
 
 
 def _open(path: Path) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prefixkit.adapter import Site, Stack
-from prefixkit.checkpoint_files import write_tensors
+from prefixkit.checkpoint_files import is_checkpoint, write_tensors
 from prefixkit.errors import CheckpointError, ConfigError, EngineError, closest
 from prefixkit.layout import KeyValue
 from prefixkit.prefix_config import POSITIONS
@@ -57,7 +57,7 @@ def export(
 
     Raises:
         AttachmentError: If the model has no prefix.
-        CheckpointError: If ``path`` is a folder.
+        CheckpointError: If ``path`` is a folder, or holds a checkpoint of prefixkit.
         ConfigError: If ``positions`` or ``dtype`` is none of the possible values.
         EngineError: If keys and values do not say it all (a gate, an infix, a prefix memory), the keys cannot
             be turned, or the prefix is offloaded.
@@ -90,6 +90,11 @@ def _check(attachment: Attachment, path: Path, positions: str, dtype: torch.dtyp
         raise ConfigError(f"dtype is {dtype}; keys and values are floating numbers")
     if path.is_dir():
         raise CheckpointError(f"cannot export to {str(path)!r}: it is a folder; name a file")
+    if is_checkpoint(path):
+        raise CheckpointError(
+            f"cannot export to {str(path)!r}: it is a checkpoint, which prefixkit.load could not read any more; name "
+            "another place"
+        )
     if attachment.beyond_keys_and_values:
         what = attachment.beyond_keys_and_values
         raise EngineError(f"an export holds keys and values only, and this prefix has {what}; use prefixkit.save")

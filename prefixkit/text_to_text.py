@@ -167,9 +167,15 @@ def encode(pair: Pair, tokenizer: PreTrainedTokenizerBase, seq2seq: bool) -> dic
     if seq2seq:
         labels = tokenizer(text_target=target)["input_ids"]
         return {"input_ids": tokenizer(source)["input_ids"], "labels": labels}
-    prompt = tokenizer(source + "\n", add_special_tokens=False)["input_ids"]
+    prompt = prompt_of(source, tokenizer)
     answer = [*tokenizer(target, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+
+
+def prompt_of(source: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a decoder-only model reads in front of what it writes."""
+    found: list[int] = tokenizer(source + "\n", add_special_tokens=False)["input_ids"]
+    return found
 
 
 def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

@@ -43,7 +43,7 @@ ROOT = Path(__file__).parents[1]
 TOKENIZER = ROOT / "examples/gpt2-e2e-base"
 TOKENS = 4
 BERT = pytest.param("bert", marks=since("5.0", "it is off the interface"))
-COMMANDS = ("plugins", "inspect", "train", "generate", "convert")
+COMMANDS = ("plugins", "inspect", "train", "generate", "convert", "export", "verify")
 
 
 @pytest.fixture
@@ -263,7 +263,7 @@ def test_convert_to_plain_keys_and_values(positions, tmp_path, run):
     saved_model(tmp_path / "base", "llama")
     model = saved_prefix(tmp_path / "prefix", tiny.make("llama"), method="prefix-tuning")
     out = run(
-        *("convert", tmp_path / "prefix", tmp_path / "kv.safetensors", "--to", "kv"),
+        *("export", tmp_path / "prefix", tmp_path / "kv.safetensors", "--to", "kv"),
         *("--base", tmp_path / "base", "--positions", positions),
     )
     assert out.startswith("prefix-tuning, 4 virtual tokens for llama: wrote ")
@@ -291,7 +291,7 @@ def test_convert_what_the_base_has_to_read(tmp_path, run):
     saved_model(tmp_path / "base")
     model = GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
     model = saved_prefix(tmp_path / "prefix", model, method="prompt-tuning")
-    run("convert", tmp_path / "prefix", tmp_path / "kv.safetensors", "--to", "kv")
+    run("export", tmp_path / "prefix", tmp_path / "kv.safetensors", "--to", "kv")
     prefixkit.export(model, tmp_path / "right.safetensors")
     found, right = (load_file(tmp_path / f"{name}.safetensors") for name in ("kv", "right"))
     assert all(torch.allclose(found[name], right[name], atol=1e-5) for name in right)
@@ -317,7 +317,7 @@ def test_convert_folds_and_keeps_a_head(tmp_path, run):
 def test_convert_overwrites_only_if_asked(tmp_path, run, refused):
     saved_model(tmp_path / "base")
     saved_prefix(tmp_path / "prefix", tiny.make("gpt2"))
-    arguments = ["convert", tmp_path / "prefix", tmp_path / "kv", "--to", "kv", "--base", tmp_path / "base"]
+    arguments = ["export", tmp_path / "prefix", tmp_path / "kv", "--to", "kv", "--base", tmp_path / "base"]
     run(*arguments)
     assert refused(*arguments).endswith("/kv' is there already; name another place, or pass --overwrite")
     run(*arguments, "--overwrite")
@@ -417,10 +417,9 @@ def test_errors_are_one_message(text, tmp_path, refused):
         (["generate", tmp_path / "none", "x"], "there is nothing at '.*none', and that is no name on the hub .*"),
         (["generate", tmp_path], "pass either texts or --input with a file of JSON lines"),
         (["generate", tmp_path, "x", "--score"], "--score needs --input, a file that has references"),
-        (["convert", tmp_path / "none", out, "--to", "kv"], "there is nothing at '.*none', and that is no name .*"),
-        (["convert", tmp_path, out, "--to", "kv"], "no prefix.safetensors in '.*'; nor anything of another library .*"),
-        (["convert", nameless, out, "--to", "kv"], "the prefix in '.*' does not say what its base is; pass --base"),
-        (["convert", tmp_path, out, "--to", "peft", "--positions", "none"], "--positions goes with --to kv; .*"),
+        (["export", tmp_path / "none", out, "--to", "kv"], "there is nothing at '.*none', and that is no name .*"),
+        (["export", tmp_path, out, "--to", "kv"], "no prefix.safetensors in '.*'; nor anything of another library .*"),
+        (["export", nameless, out, "--to", "kv"], "the prefix in '.*' does not say what its base is; pass --base"),
     ]:
         assert re.fullmatch(message, refused(*arguments)), arguments
     assert not out.exists()
@@ -528,7 +527,7 @@ def test_named_adapters_of_peft_stand_in_sub_folders(peft_folder, tmp_path, refu
     (tmp_path / "named/logs").mkdir()
     says = "its sub-folders hold checkpoints ('one', 'two'): pass the path of one"
     named = tmp_path / "named"
-    for command in (["inspect", named], ["generate", named, "x"], ["convert", named, tmp_path / "to", "--to", "kv"]):
+    for command in (["inspect", named], ["generate", named, "x"], ["export", named, tmp_path / "to", "--to", "kv"]):
         assert refused(*command).endswith(says)
     for number in range(4):
         shutil.copytree(peft_folder, tmp_path / "named" / f"a{number}")
@@ -596,7 +595,7 @@ def test_convert_does_not_write_over_its_source(tmp_path, refused):
     prefixkit.save(prefixkit.apply(tiny.make("gpt2"), num_virtual_tokens=3), tmp_path / "own")
     before = (tmp_path / "own" / "prefix.safetensors").read_bytes()
     target = tmp_path / "own" / "prefix.safetensors"
-    message = refused("convert", tmp_path / "own", target, "--to", "kv", "--overwrite", "--base", TOKENIZER)
+    message = refused("export", tmp_path / "own", target, "--to", "kv", "--overwrite", "--base", TOKENIZER)
     assert "is where the prefix comes from" in message
     assert target.read_bytes() == before
 
@@ -619,7 +618,7 @@ def test_where_nothing_can_be_written_is_found_before_the_work(place, text, tmp_
         (["train", nowhere, "--train", text / "pairs.jsonl", "--output", out, "--overwrite"], "--output"),
         (["generate", nowhere, "x", "--output", out, "--overwrite"], "--output"),
         (["convert", nowhere, out, "--to", "peft", "--overwrite"], "DST"),
-        (["convert", nowhere, out, "--to", "kv", "--overwrite"], "DST"),
+        (["export", nowhere, out, "--to", "kv", "--overwrite"], "DST"),
     ]:
         first = str(tmp_path / place.split("/")[0])
         why = "a link that leads nowhere" if place == "link" else f"and {first!r} is no folder"
@@ -637,9 +636,9 @@ def test_a_folder_is_no_file_and_a_file_no_folder(text, tmp_path, refused):
     nowhere = text / "no-prefix"
     for command, says in [
         (["generate", nowhere, "x", "--output", tmp_path], f"--output is {str(tmp_path)!r}, which is a folder; .*"),
-        (["convert", nowhere, tmp_path, "--to", "kv"], f"DST is {str(tmp_path)!r}, which is a folder; name a file"),
+        (["export", nowhere, tmp_path, "--to", "kv"], f"DST is {str(tmp_path)!r}, which is a folder; name a file"),
         (["convert", nowhere, tmp_path / "file", "--to", "peft"], "DST is '.*', which is a file; name a folder"),
-        (["convert", nowhere, os.devnull, "--to", "kv"], "DST is '.*', which is no plain file; name another place"),
+        (["export", nowhere, os.devnull, "--to", "kv"], "DST is '.*', which is no plain file; name another place"),
     ]:
         assert re.fullmatch(says, refused(*command, "--overwrite"))
 
@@ -692,7 +691,7 @@ def test_convert_leaves_its_source_alone(spelling, peft_folder, refused, monkeyp
 
 def test_convert_leaves_a_source_alone_that_is_one_file(tmp_path, refused):
     torch.save({"trainable_keys": []}, tmp_path / "cartridge.pt")
-    message = refused(*["convert", *[tmp_path / "cartridge.pt"] * 2, "--to", "kv", "--overwrite"])
+    message = refused(*["export", *[tmp_path / "cartridge.pt"] * 2, "--to", "kv", "--overwrite"])
     assert message.endswith("is where the prefix comes from; name another place")
 
 
@@ -825,7 +824,7 @@ def test_an_unknown_method_is_found_before_the_work(text, tmp_path, refused):
         ["inspect", ""],
         ["generate", "", "x"],
         ["generate", "p", "x", "--output", ""],
-        ["convert", "p", "", "--to", "kv"],
+        ["export", "p", "", "--to", "kv"],
     ],
 )
 def test_an_empty_place_is_not_the_folder_one_is_in(arguments, refused):

@@ -314,7 +314,7 @@ def test_the_command_line_takes_names_on_the_hub(online, tmp_path, capsys):
     online.add("user/base", {"config.json": config, "model.safetensors": b"gigabytes"})
     assert cli.main(["inspect", "user/base"]) == 0
     assert "model             GPT2LMHeadModel (gpt2)" in capsys.readouterr().out
-    assert cli.main(["convert", ID, str(tmp_path / "kv"), "--to", "kv", "--base", "user/base"]) == 0
+    assert cli.main(["export", ID, str(tmp_path / "kv"), "--to", "kv", "--base", "user/base"]) == 0
     assert "model.safetensors" not in online.downloaded
     assert cli.main(["inspect", "user/none"]) == 1
     assert "'user/none' is neither a model nor a prefix: there is no folder" in capsys.readouterr().err

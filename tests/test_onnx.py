@@ -58,7 +58,7 @@ def test_verify(written, baked):
     verdict = onnx.verify(model, folder, PROMPT, NEW, baked=baked)
     assert verdict.equal == NEW
     assert verdict.with_prefix < 1e-4 < verdict.effect
-    assert str(verdict).startswith("onnx: 6 of 6 greedy tokens equal")
+    assert str(verdict).startswith(f"onnx ({onnx.BAKED if baked else onnx.BARE}): 6 of 6 greedy tokens equal")
 
 
 @pytest.mark.parametrize("baked", [False, True], ids=["fed", "baked"])

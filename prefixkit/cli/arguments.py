@@ -9,8 +9,9 @@ from typing import NoReturn, TypeAlias
 
 from prefixkit import __version__
 from prefixkit.cli.wrong import CommandError
+from prefixkit.serving.targets import TARGETS
 
-TARGETS = ("prefixkit", "peft", "kv")
+FORMATS = ("prefixkit", "peft")
 MODEL = "folder of a model, or its name on the hub"
 TASKS = (
     "class of the model: causal-lm, seq2seq-lm, masked-lm, sequence-classification, token-classification, "
@@ -44,7 +45,7 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=f"prefixkit {__version__}")
     top.add_argument("--debug", action="store_true", help="show where an error comes from")
     commands = top.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (_plugins, _inspect, _train, _generate, _convert):
+    for add in (_plugins, _inspect, _train, _generate, _convert, _export, _verify):
         add(commands)
     return top
 
@@ -104,26 +105,69 @@ def _convert(commands: Commands) -> None:
         commands,
         "convert",
         "write a prefix in another format",
-        "  prefixkit convert peft-folder my-prefix --to prefixkit\n"
-        "  prefixkit convert my-prefix peft-folder --to peft\n"
-        "  prefixkit convert user/my-prefix prefix.safetensors --to kv --base path/or/name",
+        "  prefixkit convert peft-folder my-prefix --to prefixkit\n  prefixkit convert my-prefix peft-folder --to peft",
     )
+    _add_source(made)
+    made.add_argument("target", metavar="DST", type=_path, help="folder to write")
     made.add_argument(
-        "source", type=_place, metavar="SRC", help="what prefixkit.load reads: a folder, a file, a name on the hub"
+        "--to",
+        choices=FORMATS,
+        required=True,
+        help="prefixkit: a checkpoint of prefixkit; peft: one of PEFT",
     )
+    _add_base(made)
+    _add_task(made)
+    made.add_argument("--fold", action="store_true", help="with --to prefixkit: leave out an MLP, which only trains")
+    _add_overwrite(made)
+    _add_revision(made, "SRC")
+
+
+def _export(commands: Commands) -> None:
+    made = _command(
+        commands,
+        "export",
+        "write a prefix for a program that serves it",
+        "  prefixkit export my-prefix runs/llama-cpp --to llama.cpp --gguf base.gguf\n"
+        "  prefixkit export user/my-prefix prefix.safetensors --to kv --base path/or/name",
+    )
+    _add_source(made)
     made.add_argument("target", metavar="DST", type=_path, help="folder to write; with --to kv, the file")
     made.add_argument(
         "--to",
-        choices=TARGETS,
+        choices=tuple(TARGETS),
         required=True,
-        help="prefixkit: a checkpoint of prefixkit; peft: one of PEFT; kv: a plain file of keys and values",
+        help="kv: a plain file of keys and values; llama.cpp: states that a slot restores; onnx: a graph for "
+        "onnxruntime; pt2: a program of torch.export",
     )
     _add_base(made)
     _add_task(made)
     made.add_argument("--positions", help="with --to kv: shift or none (the prefix's own)")
-    made.add_argument("--fold", action="store_true", help="with --to prefixkit: leave out an MLP, which only trains")
+    _add_gguf(made)
+    made.add_argument("--baked", action="store_true", help="with --to onnx: a graph with the prefix in it as well")
+    made.add_argument(
+        "--max-cache-len",
+        type=_count,
+        metavar="N",
+        help="with --to pt2: places for the virtual tokens and all of a text (512)",
+    )
     _add_overwrite(made)
-    made.add_argument("--revision", help="branch, tag or commit of SRC on the hub")
+    _add_revision(made, "SRC")
+
+
+def _verify(commands: Commands) -> None:
+    made = _command(
+        commands,
+        "verify",
+        "run a program with a prefix that `prefixkit export` wrote, and compare it with the model",
+        "  prefixkit verify my-prefix runs/llama-cpp 'name : Zizzi | food : Chinese' --gguf base.gguf",
+    )
+    _add_source(made)
+    made.add_argument("target", metavar="DST", type=_path, help="what `prefixkit export` wrote of it")
+    made.add_argument("texts", metavar="TEXT", nargs="+", help="sources, as of `prefixkit generate`")
+    _add_base(made)
+    _add_gguf(made)
+    made.add_argument("--max-new-tokens", type=_count, default=16, metavar="N", help="(16)")
+    _add_revision(made, "SRC")
 
 
 def _train(commands: Commands) -> None:
@@ -167,7 +211,7 @@ def _generate(commands: Commands) -> None:
     _add_fields(made)
     made.add_argument("--max-new-tokens", type=_count, default=64, metavar="N", help="(64)")
     made.add_argument("--batch-size", type=_count, default=64, help="(64)")
-    made.add_argument("--revision", help="branch, tag or commit of PREFIX on the hub")
+    _add_revision(made, "PREFIX")
 
 
 def _place(text: str) -> str:
@@ -223,6 +267,20 @@ def _add_prefix(made: Arguments, action: Action = "store") -> None:
         metavar="P",
         help="length of the prefix (20)",
     )
+
+
+def _add_source(made: Parser) -> None:
+    made.add_argument(
+        "source", type=_place, metavar="SRC", help="what prefixkit.load reads: a folder, a file, a name on the hub"
+    )
+
+
+def _add_revision(made: Parser, of: str) -> None:
+    made.add_argument("--revision", help=f"branch, tag or commit of {of} on the hub")
+
+
+def _add_gguf(made: Parser) -> None:
+    made.add_argument("--gguf", type=_path, metavar="FILE", help="with llama.cpp: the base that it runs")
 
 
 def _add_base(made: Parser) -> None:

@@ -96,7 +96,12 @@ def verify(
         VerificationError: If it does not.
     """
     theirs = answers(folder, prompt, new_tokens, baked=baked, never=ends_of(model))
-    return judge(name, answers_of(model, prompt, new_tokens), theirs)
+    return judge(f"{name} ({BAKED if baked else BARE})", answers_of(model, prompt, new_tokens), theirs)
+
+
+def runs(folder: Path) -> list[dict[str, Any]]:
+    """The options of :func:`verify` for each graph that was written."""
+    return [{}, {"baked": True}] if (Path(folder) / BAKED).is_file() else [{}]
 
 
 class Step(nn.Module):

@@ -7,14 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prefixkit.errors import EngineError, UnsupportedModelError
-from prefixkit.exporting import export
+from prefixkit.checkpoint_files import read_header
+from prefixkit.errors import CheckpointError, EngineError, UnsupportedModelError
+from prefixkit.exporting import HEADER, export
+from prefixkit.formats.tensor_files import SafeTensors
 from prefixkit.native_cache import to_cache
+from prefixkit.prefixes import require
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel
+
+    from prefixkit.attachment import Attachment
 
 PREFIX = "prefix.safetensors"
 """What :func:`prefixkit.export` writes, with keys for a text that starts behind them."""
@@ -35,14 +40,28 @@ def needed(package: str, extra: str) -> Any:
         raise EngineError(f"{package} is not installed; pip install 'prefixkit[{extra}]'") from error
 
 
+def check_head(attachment: Attachment, program: str) -> None:
+    """Refuse a head that trained with the prefix, where ``program`` has the base's.
+
+    Raises:
+        EngineError: If there is one.
+    """
+    if attachment.config.head:
+        raise EngineError(
+            f"the head ({', '.join(attachment.config.head)}) trained with the prefix, and {program} has the base's; "
+            "train with head=False to serve it there"
+        )
+
+
 def write_prefix(model: PreTrainedModel, folder: Path) -> Pairs:
     """Write the prefix of a decoder-only ``model`` into ``folder``, in the model's dtype.
 
     Raises:
         AttachmentError: If the model has no prefix.
-        EngineError: If keys and values in front of the text do not say it all.
+        EngineError: If keys and values in front of the text do not say it all, as where a head trained with them.
         UnsupportedModelError: If the model has an encoder.
     """
+    check_head(require(model).attachment, "the graph")
     pairs: Any = to_cache(model, kind="tuple")
     if model.config.is_encoder_decoder or any(len(pair) > 2 for pair in pairs):
         raise UnsupportedModelError(
@@ -55,9 +74,14 @@ def write_prefix(model: PreTrainedModel, folder: Path) -> Pairs:
 
 
 def read_prefix(file: Path) -> Pairs:
-    """What :func:`write_prefix` wrote, from the file alone."""
-    from safetensors.torch import load_file
+    """What :func:`write_prefix` wrote, from the file alone.
 
-    tensors = load_file(file)
-    layers = range(len(tensors) // 2)
-    return [(tensors[f"decoder.{layer}.key"][None], tensors[f"decoder.{layer}.value"][None]) for layer in layers]
+    Raises:
+        CheckpointError: If the file is damaged, or no export of a decoder-only model.
+    """
+    header = read_header(file, HEADER)
+    names = [site["name"] for site in header["sites"]]
+    if any(site["stack"] != "decoder" for site in header["sites"]):
+        raise CheckpointError(f"{str(file)!r} has more than a decoder's prefix ({', '.join(names)})")
+    tensors = SafeTensors(file)
+    return [(tensors[f"{name}.key"][None], tensors[f"{name}.value"][None]) for name in names]

@@ -7,7 +7,7 @@ of the same shape takes its place without exporting again.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -174,6 +174,11 @@ def verify(model: PreTrainedModel, folder: Path, prompt: Sequence[int], new_toke
     """
     theirs = answers(folder, prompt, new_tokens, never=ends_of(model))
     return judge(name, answers_of(model, prompt, new_tokens), theirs)
+
+
+def runs(_: Path) -> list[dict[str, Any]]:
+    """The graph is run once."""
+    return [{}]
 
 
 def ask(program: Program, prefix: Pairs | None, prompt: Sequence[int], new_tokens: int, never: Sequence[int]) -> Answer:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from prefixkit.errors import VerificationError
+from prefixkit.errors import UnsupportedModelError, VerificationError
 from prefixkit.lifecycle import disabled
 
 if TYPE_CHECKING:
@@ -126,7 +126,15 @@ def ends_of(model: PreTrainedModel) -> tuple[int, ...]:
 
 
 def answers_of(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int) -> tuple[Answer, Answer]:
-    """What ``model`` says with its prefix, and without."""
+    """What ``model`` says with its prefix, and without.
+
+    Raises:
+        UnsupportedModelError: If it writes no text.
+    """
+    if not model.can_generate():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} writes no text, and what serves a prefix is compared token by token"
+        )
     with_prefix = answer_of(model, prompt, new_tokens)
     with disabled(model):
         return with_prefix, answer_of(model, prompt, new_tokens)

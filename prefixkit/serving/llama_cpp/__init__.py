@@ -13,7 +13,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefixkit.cache_engine import check_cacheable, without_the_other
 from prefixkit.checkpoint_files import replace_file
@@ -23,6 +23,7 @@ from prefixkit.prefixes import require
 from prefixkit.serving.llama_cpp.gguf_file import ORDERS, GgufFile, order_of
 from prefixkit.serving.llama_cpp.running import DESCRIPTION, FORMAT, ask, described, restore, started
 from prefixkit.serving.llama_cpp.state_file import TYPES, Body, Layout, state
+from prefixkit.serving.prefix_file import check_head
 from prefixkit.serving.verdict import Answer, Verdict, answers_of, ends_of, judge
 from prefixkit.turning import turned
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from prefixkit.adapter import Site
     from prefixkit.attachment import Attachment
 
-__all__ = ["answers", "name", "restore", "verify", "write"]
+__all__ = ["answers", "name", "restore", "runs", "verify", "write"]
 
 name = "llama.cpp"
 """Of the target."""
@@ -170,7 +171,19 @@ def verify(
     common = min(len(answer.logits) for answer in (*ours, *theirs))  # converters leave out ids that no token has
     with_prefix, without = ((_first(answer, common) for answer in pair) for pair in zip(ours, theirs, strict=True))
     ours_there, theirs_there = zip(with_prefix, without, strict=True)
-    return judge(name, ours_there, theirs_there)
+    return judge(f"{name} ({Layout(dtype, flash).file})", ours_there, theirs_there)
+
+
+def runs(folder: str | Path) -> list[dict[str, Any]]:
+    """The options of :func:`verify` for each layout that was written; llama-cpp-python has one stream."""
+    description = described(Path(folder))
+    if description["streams"] > 1:
+        raise EngineError(
+            f"this is written for {description['streams']} streams, and llama-cpp-python has one; write another folder "
+            "with streams=1 to check the prefix"
+        )
+    layouts = [Layout(dtype, flash) for dtype in TYPES for flash in (False, True)]
+    return [{"dtype": one.dtype, "flash": one.flash} for one in layouts if one.file in description["files"]]
 
 
 def _first(answer: Answer, count: int) -> Answer:
@@ -206,11 +219,7 @@ def _check_prefix(attachment: Attachment) -> None:
             "a state of llama.cpp holds what a decoder-only model has read, and this model has "
             f"{', '.join(stacks) or 'an encoder'} as well"
         )
-    if attachment.config.head:
-        raise EngineError(
-            f"the head ({', '.join(attachment.config.head)}) trained with the prefix, and a GGUF has the base's; merge "
-            "it into the base and convert that, and apply the prefix with head=False"
-        )
+    check_head(attachment, "a GGUF")
     try:
         check_cacheable(attachment)
     except EngineError as error:

@@ -1,0 +1,30 @@
+"""``prefixkit verify``: whether a program says with a prefix what the model says with it."""
+
+from __future__ import annotations
+
+import argparse
+
+from prefixkit.checkpoint import load
+from prefixkit.cli.bases import having
+from prefixkit.cli.export import chosen
+from prefixkit.cli.saved import base_of, saved_prefix
+from prefixkit.serving.targets import TARGETS, written_for
+from prefixkit.text_to_text import load_base, prompt_of
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run all that was written for the program on each text, and say how far it is from the model."""
+    name = written_for(options.target)
+    target = TARGETS[name]
+    settings = chosen(options, name, target.run_options)
+    serving = target.serving()
+    ways = serving.runs(options.target)
+    source = saved_prefix(options.source, options.revision)
+    base = base_of(source, options.base)
+    model, tokenizer = having(base, lambda: load_base(base))
+    load(model, source)
+    model.eval()
+    for text in options.texts:
+        prompt = prompt_of(text, tokenizer)
+        for way in ways:
+            print(serving.verify(model, options.target, prompt, options.max_new_tokens, **settings, **way))

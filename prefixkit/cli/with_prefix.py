@@ -1,0 +1,52 @@
+"""The model with the saved prefix that a command names, and what to say of what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from prefixkit.checkpoint import load
+from prefixkit.cli.bases import base_config, with_weights, without_weights
+from prefixkit.cli.saved import base_of, head_hint, task_of
+from prefixkit.lifecycle import config
+from prefixkit.method import EMBEDDINGS
+from prefixkit.prefixes import require
+
+if TYPE_CHECKING:
+    import argparse
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+HINT = "pass the --task that the prefix was trained for, and with a classifier its --num-labels"
+
+
+def without_base_weights(source: Path, options: argparse.Namespace) -> PreTrainedModel:
+    """The prefix on a model that its config alone makes."""
+    base, task = base_of(source, options.base), task_of(source, options.task)
+    with head_hint(HINT):
+        return load(without_weights(base_config(base, num_labels=options.num_labels), task), source)
+
+
+def with_base_weights(source: Path, options: argparse.Namespace, needed: Collection[str] = ()) -> PreTrainedModel:
+    """The prefix on the base itself, in float32, whose weights have the parameters ``needed``."""
+    base, task = base_of(source, options.base), task_of(source, options.task)
+    settings = base_config(base, num_labels=options.num_labels)
+    with head_hint(HINT):
+        return load(with_weights(base, settings, task, needed=needed), source)
+
+
+def reads_with_the_base(model: PreTrainedModel) -> bool:
+    """Whether the prefix is what the base makes of it, as of prompt tuning's tokens."""
+    return require(model).attachment.gives == EMBEDDINGS
+
+
+def report(model: PreTrainedModel, target: Path) -> str:
+    """What was written to ``target``."""
+    what = config(model)
+    files = [target] if target.is_file() else sorted(target.iterdir())
+    size = sum(file.stat().st_size for file in files)
+    return (
+        f"{what.method}, {what.num_virtual_tokens} virtual tokens for {what.model_type}: "
+        f"wrote {', '.join(map(str, files))} ({size / 1000:,.1f} kB)"
+    )
