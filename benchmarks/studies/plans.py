@@ -116,7 +116,7 @@ def arms_e2e(seeds: Sequence[int]) -> Planned:
 
 
 def length_e2e(seeds: Sequence[int]) -> Planned:
-    """How long the prefix is, on E2E; the base was pretrained on 128 positions, which a long prefix pushes a text out of."""
+    """How long the prefix is, on E2E; a long one pushes the text out of the 128 positions of the base's pretraining."""
     named = {f"{tokens}": arms.prefix(tokens=tokens) for tokens in (1, 5, 10, 20, 50, 100)}
     named |= {f"{tokens}, text at 0": arms.prefix(tokens=tokens, positions="none") for tokens in (20, 50, 100)}
     return sweep("length-e2e", "e2e", named, AROUND, seeds, rows=8000, steps=200)
