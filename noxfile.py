@@ -100,7 +100,10 @@ def peers(session: nox.Session) -> None:
 
 @nox.session
 def llama_cpp(session: nox.Session) -> None:
-    """The prefix in llama.cpp, which llama-cpp-python builds from source (minutes)."""
+    """The prefix in llama.cpp, which llama-cpp-python builds from source (minutes).
+
+    Where ``LLAMA_SERVER`` names a llama-server, that is tried too.
+    """
     overlay = Path(os.environ.get("LLAMA_CPP_OVERLAY", ".nox/llama-cpp"))
     if not overlay.exists():
         install = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(overlay))

@@ -166,6 +166,7 @@ def _verify(commands: Commands) -> None:
     made.add_argument("texts", metavar="TEXT", nargs="+", help="sources, as of `prefixkit generate`")
     _add_base(made)
     _add_gguf(made)
+    made.add_argument("--server", metavar="URL", help="with llama.cpp: a running llama-server, in place of --gguf")
     made.add_argument("--max-new-tokens", type=_count, default=16, metavar="N", help="(16)")
     _add_revision(made, "SRC")
 

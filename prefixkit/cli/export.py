@@ -20,6 +20,8 @@ def run(options: argparse.Namespace) -> None:
     """Load, write, and say what came of it."""
     target = TARGETS[options.to]
     settings = chosen(options, options.to, target.options)
+    if "gguf" in target.options and options.gguf is None:
+        raise CommandError(f"{options.to} needs --gguf, the file of the base that it runs")
     refuse_source(options.target, Path(options.source), "the prefix")
     check = check_folder if target.mark else check_file
     check(options.target, "DST", overwrite=options.overwrite)
@@ -33,15 +35,14 @@ def chosen(options: argparse.Namespace, name: str, wanted: tuple[str, ...]) -> d
     """Those options of the command line that the target called ``name`` has.
 
     Raises:
-        CommandError: If another target's is given, or a GGUF is missing.
+        CommandError: If another target's is given.
     """
-    for option in sorted({option for target in TARGETS.values() for option in target.options} & vars(options).keys()):
-        if option not in wanted and getattr(options, option) not in (None, False):
-            of = ", ".join(other for other, target in TARGETS.items() if option in target.options)
-            raise CommandError(f"--{option.replace('_', '-')} is for {of}, and this is for {name}")
-    if "gguf" in wanted and options.gguf is None:
-        raise CommandError(f"{name} needs --gguf, the file of the base that it runs")
-    return {option: getattr(options, option) for option in wanted if getattr(options, option) is not None}
+    every = {option for target in TARGETS.values() for option in (*target.options, *target.run_options)}
+    given = {option for option in every & vars(options).keys() if getattr(options, option) not in (None, False)}
+    for option in sorted(given.difference(wanted)):
+        of = ", ".join(other for other, target in TARGETS.items() if option in (*target.options, *target.run_options))
+        raise CommandError(f"--{option.replace('_', '-')} is for {of}, and this is for {name}")
+    return {option: getattr(options, option) for option in sorted(given)}
 
 
 def _with_prefix(source: Path, options: argparse.Namespace, target: Target) -> PreTrainedModel:

@@ -18,7 +18,7 @@ def run(options: argparse.Namespace) -> None:
     target = TARGETS[name]
     settings = chosen(options, name, target.run_options)
     serving = target.serving()
-    ways = serving.runs(options.target)
+    ways = serving.runs(options.target, **settings)
     source = saved_prefix(options.source, options.revision)
     base = base_of(source, options.base)
     model, tokenizer = having(base, lambda: load_base(base))

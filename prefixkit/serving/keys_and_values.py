@@ -68,7 +68,7 @@ def verify(model: PreTrainedModel, file: Path, prompt: Sequence[int], new_tokens
     return judge(name, answers_of(model, prompt, new_tokens), theirs)
 
 
-def runs(_: Path) -> list[dict[str, Any]]:
+def runs(_: Path, **__: Any) -> list[dict[str, Any]]:
     """The file is run once."""
     return [{}]
 

@@ -99,7 +99,7 @@ def verify(
     return judge(f"{name} ({BAKED if baked else BARE})", answers_of(model, prompt, new_tokens), theirs)
 
 
-def runs(folder: Path) -> list[dict[str, Any]]:
+def runs(folder: Path, **_: Any) -> list[dict[str, Any]]:
     """The options of :func:`verify` for each graph that was written."""
     return [{}, {"baked": True}] if (Path(folder) / BAKED).is_file() else [{}]
 

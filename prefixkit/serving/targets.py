@@ -26,7 +26,7 @@ class Serving(Protocol):
     def write(self, model: PreTrainedModel, place: Path, **options: Any) -> None:
         """Write the prefix of ``model`` for the program."""
 
-    def runs(self, place: Path) -> Sequence[Mapping[str, Any]]:
+    def runs(self, place: Path, **options: Any) -> Sequence[Mapping[str, Any]]:
         """The options under which :meth:`verify` runs each thing that was written, one after the other."""
 
     def verify(
@@ -71,7 +71,9 @@ class Target:
 
 TARGETS = {
     "kv": Target("prefixkit.serving.keys_and_values", options=("positions",), reads_weights=False),
-    "llama.cpp": Target("prefixkit.serving.llama_cpp", mark="llama_cpp.json", options=("gguf",), run_options=("gguf",)),
+    "llama.cpp": Target(
+        "prefixkit.serving.llama_cpp", mark="llama_cpp.json", options=("gguf",), run_options=("gguf", "server")
+    ),
     "onnx": Target("prefixkit.serving.onnx", mark="model.onnx", options=("baked",)),
     "pt2": Target("prefixkit.serving.pt2", mark="model.pt2", options=("max_cache_len",)),
 }

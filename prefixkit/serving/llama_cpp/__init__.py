@@ -20,6 +20,7 @@ from prefixkit.checkpoint_files import replace_file
 from prefixkit.errors import CheckpointError, ConfigError, EngineError, closest
 from prefixkit.layout import KeyValue
 from prefixkit.prefixes import require
+from prefixkit.serving.llama_cpp import server as running_server
 from prefixkit.serving.llama_cpp.gguf_file import ORDERS, GgufFile, order_of
 from prefixkit.serving.llama_cpp.running import DESCRIPTION, FORMAT, ask, described, restore, started
 from prefixkit.serving.llama_cpp.state_file import TYPES, Body, Layout, state
@@ -154,36 +155,75 @@ def verify(
     prompt: Sequence[int],
     new_tokens: int = 16,
     *,
-    gguf: str | Path,
+    gguf: str | Path | None = None,
     dtype: str = "f16",
     flash: bool = False,
     threads: int | None = None,
+    server: str | None = None,
 ) -> Verdict:
     """Whether llama.cpp says with the prefix what the model with the prefix says.
 
-    The arguments are those of :func:`answers`, and the model with the same prefix on it.
+    Args:
+        model: With the same prefix on it.
+        folder: What :func:`write` wrote.
+        prompt: Token ids of the model, without placeholders.
+        new_tokens: How many to generate.
+        gguf: The GGUF to run in this process.
+        dtype: Of its cache.
+        flash: Whether it has flash attention on.
+        threads: How many; llama-cpp-python's default if left out.
+        server: The address of a running llama-server, such as ``"http://127.0.0.1:8080"``, which is asked in place of
+            a llama.cpp in this process. Its own settings say which file it takes. The prefix goes into slot 0.
 
     Raises:
+        ConfigError: If neither ``gguf`` nor ``server`` is given, or both.
         VerificationError: If it does not.
     """
-    theirs = answers(folder, prompt, new_tokens, gguf=gguf, dtype=dtype, flash=flash, threads=threads)
+    if (gguf is None) == (server is None):
+        raise ConfigError("pass either gguf=, for a llama.cpp in this process, or server=, for one that is running")
     ours = answers_of(model, prompt, new_tokens)
-    common = min(len(answer.logits) for answer in (*ours, *theirs))  # converters leave out ids that no token has
+    if server is not None:
+        ours = _with_probabilities(ours)
+        size = len(ours[0].logits)
+        theirs = running_server.answers(Path(folder), prompt, new_tokens, server=server, vocabulary=size)
+        program = "llama-server"
+    else:
+        assert gguf is not None
+        theirs = answers(folder, prompt, new_tokens, gguf=gguf, dtype=dtype, flash=flash, threads=threads)
+        program = f"{name} ({Layout(dtype, flash).file})"
+    common = min(_tokens_in(answer) for answer in (*ours, *theirs))  # converters leave out ids that no token has
     with_prefix, without = ((_first(answer, common) for answer in pair) for pair in zip(ours, theirs, strict=True))
     ours_there, theirs_there = zip(with_prefix, without, strict=True)
-    return judge(f"{name} ({Layout(dtype, flash).file})", ours_there, theirs_there)
+    return judge(program, ours_there, theirs_there)
 
 
-def runs(folder: str | Path) -> list[dict[str, Any]]:
-    """The options of :func:`verify` for each layout that was written; llama-cpp-python has one stream."""
+def runs(folder: str | Path, *, server: str | None = None, **_: Any) -> list[dict[str, Any]]:
+    """The options of :func:`verify` for each layout that was written; a server has one, and so has llama-cpp-python.
+
+    Raises:
+        EngineError: If llama-cpp-python cannot run what was written.
+    """
     description = described(Path(folder))
+    if server is not None:
+        return [{}]
     if description["streams"] > 1:
         raise EngineError(
-            f"this is written for {description['streams']} streams, and llama-cpp-python has one; write another folder "
-            "with streams=1 to check the prefix"
+            f"this is written for {description['streams']} streams, and llama-cpp-python has one; ask a llama-server "
+            "(server=), or write another folder with streams=1 to check the prefix"
         )
     layouts = [Layout(dtype, flash) for dtype in TYPES for flash in (False, True)]
     return [{"dtype": one.dtype, "flash": one.flash} for one in layouts if one.file in description["files"]]
+
+
+def _with_probabilities(answers: tuple[Answer, Answer]) -> tuple[Answer, Answer]:
+    """Log-probabilities in place of logits: what a server tells."""
+    first, second = (replace(answer, logits=answer.logits.log_softmax(-1)) for answer in answers)
+    return first, second
+
+
+def _tokens_in(answer: Answer) -> int:
+    """How many ids have a number; a server does not tell those that its model lacks."""
+    return int(answer.logits.isfinite().nonzero().max()) + 1
 
 
 def _first(answer: Answer, count: int) -> Answer:
