@@ -109,13 +109,8 @@ def llama_cpp(session: nox.Session) -> None:
         install = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(overlay))
         session.run(*install, "gguf==0.19.0", "llama-cpp-python==0.3.36", "diskcache")  # the rest is there
     path = os.pathsep.join(filter(None, [str(overlay), os.environ.get("PYTHONPATH")]))
-    session.run(
-        "pytest",
-        "tests/test_llama_cpp.py",
-        "tests/test_serving_commands.py",
-        *session.posargs,
-        env={"PYTHONPATH": path},
-    )
+    tests = [f"tests/test_{name}.py" for name in ("llama_cpp", "llama_server", "serving_commands")]
+    session.run("pytest", *tests, *session.posargs, env={"PYTHONPATH": path})
 
 
 @nox.session
