@@ -291,7 +291,7 @@ def make_attention(name: str, original: internals.AttentionFunction) -> internal
         if attention_mask is not None and kwargs.get("is_causal"):
             kwargs["is_causal"] = False  # the mask says it; torch's own would stand at the upper left
         if kwargs.get("position_bias") is not None:
-            kwargs["position_bias"] = _wider_bias(kwargs["position_bias"], site, state, len(query))
+            kwargs["position_bias"] = _wider_bias(kwargs["position_bias"], site, state, query.shape[0])
         key, value = put_before(module, site, state, key, value)
         return original(module, query, key, value, attention_mask, **kwargs)
 
@@ -306,7 +306,7 @@ def _wider_mask(
         mask = state.causal_mask(query.shape[2], key.shape[2], query.device)
     elif mask is None and state.seen(site) is not None:
         mask = query.new_zeros(1, 1, query.shape[2], key.shape[2])
-    return None if mask is None else state.widened(mask, site, len(query))
+    return None if mask is None else state.widened(mask, site, query.shape[0])
 
 
 def _wider_bias(bias: torch.Tensor, site: Site, state: PrefixState, batch: int) -> torch.Tensor:

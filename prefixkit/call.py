@@ -97,4 +97,4 @@ def batch_of(arguments: dict[str, Any]) -> int:
     first = next((value for value in arguments.values() if isinstance(value, torch.Tensor) and value.ndim > 1), None)
     if first is None:
         raise EngineError("a stack was called without any tensor that has rows")
-    return len(first)
+    return first.shape[0]

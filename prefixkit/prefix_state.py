@@ -361,11 +361,11 @@ def in_front(
         mask = key.new_zeros(1, 1, seen.shape[2], key.shape[2])
     bias = state.bias_of(site)
     if mask is not None and bias is not None:
-        mask = widen_bias(mask, bias, state.tokens(site), len(key))
+        mask = widen_bias(mask, bias, state.tokens(site), key.shape[0])
         if seen is not None:
             mask = hide_columns(mask, seen)
     elif mask is not None:
-        mask = state.widened(mask, site, len(key))
+        mask = state.widened(mask, site, key.shape[0])
     key, value = put_before(module, site, state, key, value)
     return key, value, mask
 

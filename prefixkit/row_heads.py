@@ -83,7 +83,7 @@ class HeadOfRows:
             raise EngineError(
                 f"the head {self.path!r} gives a {type(output).__name__}, which has no rows to choose from"
             )
-        names = self.rows.of_call(len(output))
+        names = self.rows.of_call(output.shape[0])
         self.under_way = True
         try:
             values = {name: self._values(module, name) for name in dict.fromkeys(names)}

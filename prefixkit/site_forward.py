@@ -121,7 +121,7 @@ def mask_in_front(module: nn.Module, mask: torch.Tensor | None) -> torch.Tensor 
     if found is None or found[1].read is not None:
         return mask
     site, state = found
-    wide: torch.Tensor = state.widened(mask, site, len(mask))
+    wide: torch.Tensor = state.widened(mask, site, mask.shape[0])
     return wide
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,3 +157,14 @@ def test_others(name, tmp_path):
     onnx.write(model, tmp_path, baked=True)
     for baked in (False, True):
         assert onnx.verify(model, tmp_path, PROMPT, NEW, baked=baked).equal == NEW
+
+
+def test_the_page_on_encoders(tmp_path, capsys):
+    """The blocks of the documentation that make a graph of a classifier."""
+    page = (Path(__file__).parents[1] / "docs/how-to/serve-onnx.md").read_text().split("## Encoders and classifiers")[1]
+    code, printed = re.search(r"```python\n(.*?)```\n\n```text\n(.*?)```", page, re.DOTALL).groups()
+    exec(
+        compile(code, "serve-onnx.md", "exec"),
+        {"torch": torch, "np": np, "onnx": onnx, "prefixkit": prefixkit, "folder": tmp_path},
+    )
+    assert capsys.readouterr().out.endswith(printed)

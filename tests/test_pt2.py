@@ -161,3 +161,43 @@ def test_a_mask_without_the_columns_of_the_prefix(written, monkeypatch):
     monkeypatch.setattr(pt2.Program, "start", forgets)
     with pytest.raises(prefixkit.VerificationError, match="the prefix is lost: the answer is that of the bare base"):
         pt2.verify(*written, PROMPT, NEW)
+
+
+class Logits(torch.nn.Module):
+    """A call that a graph can be made of."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+def encoder():
+    model = tiny.encoder("SequenceClassification", num_labels=5).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make", [encoder, lambda: tiny.make("llama"), lambda: tiny.make("gpt2")], ids=["bert", "llama", "gpt2"]
+)
+def test_the_model_with_its_prefix_is_a_graph(make):
+    """Neither the batch nor the length of the traced call stays in it."""
+    model = make()
+    prefixkit.apply(model, num_virtual_tokens=TOKENS)
+    strengthen(model)
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with torch.no_grad():
+        ids, mask = tiny.left_pad([tiny.tokens(7), tiny.tokens(4)])
+        program = torch.export.export(Logits(model), (ids, mask), dynamic_shapes=(sizes, sizes), strict=False).module()
+        for lengths in ((7, 4), (5, 2, 3), (6,)):
+            ids, mask = tiny.left_pad([tiny.tokens(length) for length in lengths])
+            expected = model(input_ids=ids, attention_mask=mask).logits
+            with prefixkit.disabled(model):
+                bare = model(input_ids=ids, attention_mask=mask).logits
+            torch.testing.assert_close(program(ids, mask), expected, atol=1e-5, rtol=0)
+            assert float((bare - expected).abs().max()) > 0.01
