@@ -23,7 +23,7 @@ for package in ("onnx", "onnxscript", "onnxruntime"):
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 TOKENS, PROMPT, NEW = 5, (11, 12, 13, 14), 6
 MODELS = ["llama", "gpt2"]
-OTHERS = ["llama-mqa", "qwen3"]
+OTHERS = ["llama-mqa", "qwen3", "mistral", "gemma3"]
 
 
 def with_prefix(name, **options):
