@@ -76,12 +76,6 @@ def init_e2e(seeds: Sequence[int]) -> Planned:
     return sweep("init-e2e", "e2e", named, FLAT, seeds, rows=8000, steps=200)
 
 
-def init_intents(seeds: Sequence[int]) -> Planned:
-    """What a flat prefix starts with, on SNIPS intents."""
-    named = {init: arms.prefix(init=init) for init in arms.INITS}
-    return sweep("init-intents", "snips-intents", named, FLAT, seeds, rows=13084, steps=200)
-
-
 def init_few(seeds: Sequence[int]) -> Planned:
     """What a flat prefix starts with when there are few rows, on E2E."""
     named = {init: arms.prefix(init=init) for init in arms.INITS} | {"a solved table": arms.from_a_solved_table}
@@ -153,14 +147,14 @@ def mlp_encoder(seeds: Sequence[int]) -> Planned:
 
 def length_encoder(seeds: Sequence[int]) -> Planned:
     """How long the prefix is, on the small BERT."""
-    named = {f"{tokens}": arms.prefix(tokens=tokens) for tokens in (1, 5, 20, 50, 100)}
+    named = {f"{tokens}": arms.prefix(tokens=tokens) for tokens in (1, 5, 20, 100)}
     for task, rows in ENCODER_TASKS.items():
         yield from sweep("length-encoder", task, named, AROUND, seeds, rows=rows, steps=200)
 
 
 def depth_encoder(seeds: Sequence[int]) -> Planned:
     """Which of the small BERT's six layers carry the prefix."""
-    spans = {"1": [0], "1 to 3": [0, 1, 2], "1 to 6": None, "4 to 6": [3, 4, 5], "6": [5]}
+    spans = {"1 to 3": [0, 1, 2], "1 to 6": None, "4 to 6": [3, 4, 5]}
     named = {span: arms.prefix(layers=layers) for span, layers in spans.items()}
     for task, rows in ENCODER_TASKS.items():
         yield from sweep("depth-encoder", task, named, AROUND, seeds, rows=rows, steps=200)
@@ -168,7 +162,6 @@ def depth_encoder(seeds: Sequence[int]) -> Planned:
 
 STUDIES = {
     "init-e2e": Study(init_e2e),
-    "init-intents": Study(init_intents),
     "init-few": Study(init_few, "rows", "training rows"),
     "arms-e2e": Study(arms_e2e),
     "arms-intents": Study(arms_intents),
