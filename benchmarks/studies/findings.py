@@ -43,3 +43,16 @@ def best_rate(rates: dict[float, list[Entry]]) -> float:
     first = min(entry["seed"] for entries in rates.values() for entry in entries)
     scores = {rate: entry["score"] for rate, entries in rates.items() for entry in entries if entry["seed"] == first}
     return max(scores, key=lambda rate: scores[rate])
+
+
+def at_best_rate(entries: Iterable[Entry]) -> list[Entry]:
+    """Of each task, arm and size, the results with its best learning rate."""
+    entries = list(entries)
+    kept = []
+    for own in {tuple(entry[name] for name in GROUPING): None for entry in entries}:
+        rates: dict[float, list[Entry]] = {}
+        for entry in entries:
+            if tuple(entry[name] for name in GROUPING) == own:
+                rates.setdefault(entry["learning_rate"], []).append(entry)
+        kept += rates[best_rate(rates)]
+    return kept

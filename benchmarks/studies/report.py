@@ -10,9 +10,10 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.studies.findings import Entry, best_rate, groups, mean_and_spread, results_of
+from benchmarks.studies.findings import Entry, at_best_rate, best_rate, groups, mean_and_spread, results_of
 from benchmarks.studies.plans import STUDIES
 
+SCORES = {"e2e": "BLEU", "snips-intents": "accuracy", "snips-slots": "F1", "wnut17": "F1"}
 PLOTS = Path(__file__).parents[2] / "docs/_static/studies"
 
 
@@ -42,9 +43,10 @@ def table(study: str) -> str:
 
 
 def points(study: str) -> dict[str, tuple[list[Any], list[float], list[float]]]:
-    """For each line of the plot its x, and mean and spread of the scores."""
-    found = {}
-    for line, by_x in groups(results_of(study), STUDIES[study].x).items():
+    """For each line of the plot its x, and mean and spread of the scores; at the best rates, unless x is the rate."""
+    found, x = {}, STUDIES[study].x
+    entries = results_of(study) if x == "learning_rate" else at_best_rate(results_of(study))
+    for line, by_x in groups(entries, x).items():
         pairs = [mean_and_spread(entries) for entries in by_x.values()]
         found[line] = (list(by_x), [mean for mean, _ in pairs], [spread for _, spread in pairs])
     return found
@@ -52,16 +54,15 @@ def points(study: str) -> dict[str, tuple[list[Any], list[float], list[float]]]:
 
 def plot(study: str) -> Path:
     """Score against learning rate, or what else the study varies; bars are standard deviations over seeds."""
-    figure, axes = plt.subplots(figsize=(6.4, 4))
+    figure, axes = plt.subplots(figsize=(5.4, 4.4), layout="constrained")  # its letters can be read on a telephone
     for line, (x, mean, spread) in points(study).items():
         axes.errorbar(x, mean, yerr=spread, marker="o", capsize=3, label=line)
     if STUDIES[study].x != "arm":
         axes.set_xscale("log")
     axes.set_xlabel(STUDIES[study].label)
-    axes.set_ylabel("score")
+    axes.set_ylabel(" or ".join(sorted({SCORES[entry["task"]] for entry in results_of(study)})))
     axes.set_title(study)
-    axes.legend(fontsize="small")
-    figure.tight_layout()
+    figure.legend(loc="outside lower center", ncols=2, fontsize="medium")
     PLOTS.mkdir(parents=True, exist_ok=True)
     path = PLOTS / f"{study}.svg"
     figure.savefig(path, metadata={"Date": None})
