@@ -56,7 +56,16 @@ def slow(session: nox.Session) -> None:
 def conformance(session: nox.Session) -> None:
     """All tests of the conformance kit, and the table of the documentation."""
     table = ("-p", "prefixkit.testing.report", "--conformance-table", "docs/reference/conformance.md")
-    session.run("pytest", "-m", "conformance and not rare and not gpu", *table, "plugins", "tests", *session.posargs)
+    session.run(
+        "pytest",
+        *EVERY_CORE,
+        "-m",
+        "conformance and not rare and not gpu",
+        *table,
+        "plugins",
+        "tests",
+        *session.posargs,
+    )
 
 
 @nox.session

@@ -138,6 +138,10 @@ These tests of the kit concern none of the models here, or another device.
 """
 
 
+CONFTEST = "import kit"
+"""In a process of its own, what is patched here has to be patched there."""
+
+
 @pytest.fixture
 def run(pytester, monkeypatch):
     """Runs the two models of a small kit, from two files."""
@@ -165,6 +169,18 @@ def test_page_has_what_each_test_found(run, pytester):
     done.stdout.fnmatch_lines(["*conformance table: page.md is written*"])
     run("-m", "not gpu")
     assert (pytester.path / "page.md").read_text(encoding="utf-8") == written
+
+
+def test_page_of_several_processes_is_that_of_one(run, pytester):
+    run("-m", "not gpu")
+    alone = (pytester.path / "page.md").read_text(encoding="utf-8")
+    (pytester.path / "page.md").unlink()
+    pytester.makeconftest(CONFTEST)
+    plugins = ("-p", "prefixkit.testing.report", "-p", "no:cacheprovider", "-n", "2", "-m", "not gpu")
+    done = pytester.runpytest_subprocess(*plugins, "--conformance-table", "page.md")
+    done.assert_outcomes(passed=16, skipped=1, xfailed=1)
+    assert done.ret == 0
+    assert (pytester.path / "page.md").read_text(encoding="utf-8") == alone
 
 
 def test_page_of_a_gpu_run_has_its_models_only(run, pytester):

@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
     path = config.getoption("--conformance-table")
-    if path:
+    if path and not hasattr(config, "workerinput"):  # one process of pytest-xdist gets the reports of the others
         config.pluginmanager.register(TableWriter(Path(path)), "prefixkit-conformance-table")
 
 
@@ -70,6 +70,8 @@ class TableWriter:
         if exitstatus != pytest.ExitCode.OK:
             self.message = f"{self.path} is not written: the run failed"
             return
+        if not self.items:  # the others have collected them
+            session.perform_collect()
         problem = self._problem()
         if problem:
             self.message = f"{self.path} is not written: {problem}"
