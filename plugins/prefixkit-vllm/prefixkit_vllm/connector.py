@@ -191,8 +191,8 @@ def _check_settings(config: VllmConfig, folders: Any) -> None:
         )
     if config.kv_transfer_config.kv_load_failure_policy != "fail":
         raise ConfigError(
-            "kv_load_failure_policy is 'recompute', with which vLLM serves what is refused, and reads its placeholders as "
-            "words; leave it out"
+            "kv_load_failure_policy is 'recompute', with which vLLM serves what is refused, and reads its placeholders "
+            "as words; leave it out"
         )
     parallel = config.parallel_config
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
@@ -235,8 +235,8 @@ def _heads_here(name: str, part: torch.Tensor, heads: int, layer: Any, size: int
     """``(kv_heads, P, dim)`` of this worker out of the model's; where there are more workers than heads, they share."""
     if part.shape[0] != heads or part.shape[2] != size:
         raise EngineError(
-            f"the prefix {name!r} has {part.shape[0]} heads of {part.shape[2]} numbers for keys and values, and the model "
-            f"{heads} of {size}"
+            f"the prefix {name!r} has {part.shape[0]} heads of {part.shape[2]} numbers for keys and values, and the "
+            f"model {heads} of {size}"
         )
     first = get_tensor_model_parallel_rank() * heads // get_tensor_model_parallel_world_size()
     return part[first : first + layer.num_kv_heads]

@@ -101,7 +101,8 @@ def check_apart(placeholders: Mapping[str, Sequence[int]], block: int | None = N
         if block is not None and alike >= block:
             raise ConfigError(
                 f"the placeholders of {one!r} and {other!r} begin with the same {alike} ids, which vLLM's prefix "
-                f"caching takes for the same text in blocks of {block}; write one of them again with other placeholders="
+                f"caching takes for the same text in blocks of {block}; write one of them again with other "
+                "placeholders="
             )
 
 
