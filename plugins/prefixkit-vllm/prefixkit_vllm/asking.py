@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
+    from vllm import LLM
 
 SETTINGS = {"enforce_eager": True, "skip_tokenizer_init": True, "logprobs_mode": "raw_logits", "max_logprobs": -1}
 """Nothing is compiled for two prompts, which are ids; what is shown are the logits of all tokens, as they are."""
@@ -19,17 +20,25 @@ SETTINGS = {"enforce_eager": True, "skip_tokenizer_init": True, "logprobs_mode":
 
 def answer(asked: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Logits of the first new token, and the new tokens, of each prompt."""
-    import torch
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     prompts, new_tokens = asked["prompts"], asked["new_tokens"]
     room = max(map(len, prompts)) + new_tokens + 1
     llm = LLM(**{**SETTINGS, "max_model_len": room, **asked["engine"]})
-    greedy = {"temperature": 0, "max_tokens": new_tokens, "min_tokens": new_tokens, "stop_token_ids": asked["never"]}
+    return said_by(llm, prompts, new_tokens, asked["never"])
+
+
+def said_by(llm: LLM, prompts: Sequence[list[int]], new_tokens: int, never: list[int]) -> dict[str, torch.Tensor]:
+    """What a running engine says, all prompts in one batch."""
+    import torch
+    from vllm import SamplingParams
+
+    greedy = {"temperature": 0, "max_tokens": new_tokens, "min_tokens": new_tokens, "stop_token_ids": never}
     settings = SamplingParams(**greedy, detokenize=False, logprobs=-1)
-    said: Sequence[Any] = llm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
     found: dict[str, torch.Tensor] = {}
-    for number, one in enumerate(said):
+    for number, one in enumerate(
+        llm.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
+    ):
         (output,) = one.outputs
         if output.finish_reason == "error":
             raise RuntimeError("vLLM has refused a request; its log says why")

@@ -16,8 +16,9 @@ from prefixkit_vllm import name
 from prefixkit_vllm.naming import prompt as prompt_of, transfer_config
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    import torch
     from transformers import PreTrainedModel
 
 LAST_LINES = 12
@@ -56,7 +57,8 @@ def answers(
         "new_tokens": new_tokens,
         "never": list(never),
     }
-    with_prefix, without = _ask(asked, python)
+    said = _said(asked, python)
+    with_prefix, without = (Answer(said[f"{one}.logits"], tuple(said[f"{one}.tokens"].tolist())) for one in (0, 1))
     return with_prefix, without
 
 
@@ -82,11 +84,11 @@ def verify(
     return judge(name, answers_of(model, prompt, new_tokens), theirs)
 
 
-def _ask(asked: dict[str, Any], python: str | Path) -> list[Answer]:
-    """What vLLM says to each of the prompts.
+def _said(asked: dict[str, Any], python: str | Path) -> Mapping[str, torch.Tensor]:
+    """Logits and tokens of each prompt, by its number.
 
     Raises:
-        EngineError: If it says nothing.
+        EngineError: If vLLM comes to nothing.
     """
     from safetensors.torch import load_file
 
@@ -98,11 +100,7 @@ def _ask(asked: dict[str, Any], python: str | Path) -> list[Answer]:
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=there)  # noqa: S603  our own
         if done.returncode or not answer.is_file():
             raise EngineError(f"vLLM, run by {python}, came to nothing:\n{_last_lines(done.stdout + done.stderr)}")
-        found = load_file(answer)
-    return [
-        Answer(found[f"{number}.logits"], tuple(found[f"{number}.tokens"].tolist()))
-        for number in range(len(asked["prompts"]))
-    ]
+        return load_file(answer)
 
 
 def _last_lines(said: str) -> str:
