@@ -37,7 +37,7 @@ class ByModelName:
             return
         body = await _body(receive)
         asked = _read(body)
-        folder = _folders(scope["app"].state).get(asked.get("model"))
+        folder = _folders(scope["app"].state).get(str(asked.get("model")))
         if folder is not None:
             body = json.dumps(
                 with_prefix(asked, folder, scope["app"].state, chat=scope["path"].endswith(CHAT))

@@ -61,7 +61,7 @@ def described(folder: str | Path) -> Description:
     if found.pop("format", None) != FORMAT:
         raise CheckpointError(f"{str(path)!r} is of another format than {FORMAT}, which this version reads")
     del found["text_starts_at"]
-    lists = {name: tuple(found.pop(name)) for name in ("placeholders", "eos_token_ids")}
+    lists: dict[str, Any] = {name: tuple(found.pop(name)) for name in ("placeholders", "eos_token_ids")}
     return Description(**found, **lists)
 
 

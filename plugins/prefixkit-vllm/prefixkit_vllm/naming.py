@@ -74,7 +74,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, prefixes: Mapping[str, str
     """
     ids = {name: described(folder).placeholders for name, folder in prefixes.items()}
     check_apart(ids)
-    texts = {name: tokenizer.decode(list(one), clean_up_tokenization_spaces=False) for name, one in ids.items()}
+    texts = {name: str(tokenizer.decode(list(one), clean_up_tokenization_spaces=False)) for name, one in ids.items()}
     template = _chosen(texts) + tokenizer.get_chat_template()
     without = _read(tokenizer, template)
     for name, placeholders in ids.items():
@@ -103,6 +103,6 @@ def _chosen(texts: Mapping[str, str]) -> str:
 def _read(tokenizer: PreTrainedTokenizerBase, template: str, **options: str) -> list[int]:
     """The ids of a short chat, as the server makes them."""
     chat = [{"role": "user", "content": "Hello"}]
-    settings = {"tokenize": False, "add_generation_prompt": True, **options}
-    text = tokenizer.apply_chat_template(chat, chat_template=template, **settings)
+    settings: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **options}
+    text: Any = tokenizer.apply_chat_template(chat, chat_template=template, **settings)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
