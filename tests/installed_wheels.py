@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
@@ -45,11 +47,14 @@ def job(make, folder):
 
 assert TARGET in Path(prefixkit.__file__).parents, f"{prefixkit.__file__} is not what was installed"
 plugins = {plugin.distribution: plugin for plugin in prefixkit.plugins()}
-ours = {path.name.split("-")[0].replace("_", "-") for path in TARGET.glob("prefixkit_*.dist-info")}
-assert len(ours) > 5
-for name in sorted(ours):
-    assert plugins[name].error is None, plugins[name]
-    assert TARGET in Path(sys.modules[plugins[name].module].__file__).parents, plugins[name]
+ours = {found.name: found for found in distributions(path=[str(TARGET)]) if found.name != "prefixkit"}
+assert len(ours) > 6
+for name, found in sorted(ours.items()):
+    serves_types = found.entry_points.select(group="prefixkit")
+    if serves_types:
+        assert plugins[name].error is None, plugins[name]
+    module = plugins[name].module if serves_types else name.replace("-", "_")
+    assert TARGET in Path(importlib.import_module(module).__file__).parents, name
 assert (TARGET / "prefixkit/py.typed").is_file()
 for name, make in MODELS.items():
     torch.manual_seed(0)

@@ -113,7 +113,7 @@ def test_what_verify_cannot_run(places, tmp_path, capsys):
     (tmp_path / "damaged").write_text("x")
     for place, says in {
         "two": r".*two' was written for more than one program \(onnx, pt2\); .*",
-        "none": r".*none' has none of llama_cpp.json \(llama.cpp\), model.onnx \(onnx\), .*; .*",
+        "none": r".*none' has none of llama_cpp.json \(llama.cpp\), vllm.json \(vllm\), model.onnx \(onnx\), .*; .*",
         "nowhere": r".*nowhere' is not there; name what `prefixkit export` wrote",
         "damaged": r".*damaged is damaged or no safetensors file: .*",
     }.items():

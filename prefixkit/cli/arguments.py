@@ -136,7 +136,8 @@ def _export(commands: Commands) -> None:
         "--to",
         choices=tuple(TARGETS),
         required=True,
-        help="kv: a plain file of keys and values; llama.cpp: states that a slot restores; onnx: a graph for "
+        help="kv: a plain file of keys and values; llama.cpp: states that a slot restores; vllm: for the "
+        "connector of prefixkit-vllm; onnx: a graph for "
         "onnxruntime; pt2: a program of torch.export",
     )
     _add_base(made)
@@ -166,6 +167,7 @@ def _verify(commands: Commands) -> None:
     made.add_argument("texts", metavar="TEXT", nargs="+", help="sources, as of `prefixkit generate`")
     _add_base(made)
     _add_gguf(made)
+    made.add_argument("--python", type=_path, metavar="FILE", help="with vllm: of the environment that has vLLM")
     made.add_argument("--server", metavar="URL", help="with llama.cpp: a running llama-server, in place of --gguf")
     made.add_argument("--max-new-tokens", type=_count, default=16, metavar="N", help="(16)")
     _add_revision(made, "SRC")

@@ -80,6 +80,17 @@ def with_weights(
     return made
 
 
+def tokenizer_of(place: str) -> Any:
+    """The tokenizer that lies with a model.
+
+    Raises:
+        CommandError: If it cannot be had.
+    """
+    from transformers import AutoTokenizer
+
+    return having(place, lambda: AutoTokenizer.from_pretrained(place, trust_remote_code=False))
+
+
 def model_class(config: PretrainedConfig, task: str | None) -> Any:
     """The class that ``task`` names; without it, the one that the config names.
 

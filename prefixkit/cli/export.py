@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefixkit.cli.bases import tokenizer_of
 from prefixkit.cli.output import check_file, check_folder, refuse_source
-from prefixkit.cli.saved import saved_prefix
+from prefixkit.cli.saved import base_of, saved_prefix
 from prefixkit.cli.with_prefix import reads_with_the_base, report, with_base_weights, without_base_weights
 from prefixkit.cli.wrong import CommandError
 from prefixkit.serving.targets import TARGETS, Target
@@ -26,7 +27,10 @@ def run(options: argparse.Namespace) -> None:
     check = check_folder if target.mark else check_file
     check(options.target, "DST", overwrite=options.overwrite)
     serving = target.serving()
-    model = _with_prefix(saved_prefix(options.source, options.revision), options, target)
+    source = saved_prefix(options.source, options.revision)
+    model = _with_prefix(source, options, target)
+    if "tokenizer" in target.of_the_base:
+        settings["tokenizer"] = tokenizer_of(base_of(source, options.base))
     serving.write(model, options.target, **settings)
     print(report(model, options.target))
 

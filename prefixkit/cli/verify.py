@@ -24,6 +24,8 @@ def run(options: argparse.Namespace) -> None:
     model, tokenizer = having(base, lambda: load_base(base))
     load(model, source)
     model.eval()
+    if "base" in target.of_the_base:
+        settings["base"] = base
     for text in options.texts:
         prompt = prompt_of(text, tokenizer)
         for way in ways:

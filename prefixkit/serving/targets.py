@@ -45,6 +45,8 @@ class Target:
         options: Of ``write`` that the command line has.
         run_options: Of ``verify`` that say where the program is, or what it runs.
         reads_weights: Whether writing needs the weights of the base.
+        of_the_base: What the module wants of the base beside the model: its ``tokenizer`` to write, its place
+            (``base``) to verify.
         distribution: The package that has the module.
     """
 
@@ -53,6 +55,7 @@ class Target:
     options: tuple[str, ...] = ()
     run_options: tuple[str, ...] = ()
     reads_weights: bool = True
+    of_the_base: tuple[str, ...] = ()
     distribution: str = "prefixkit"
 
     def serving(self) -> Serving:
@@ -73,6 +76,14 @@ TARGETS = {
     "kv": Target("prefixkit.serving.keys_and_values", options=("positions",), reads_weights=False),
     "llama.cpp": Target(
         "prefixkit.serving.llama_cpp", mark="llama_cpp.json", options=("gguf",), run_options=("gguf", "server")
+    ),
+    "vllm": Target(
+        "prefixkit_vllm",
+        mark="vllm.json",
+        run_options=("python",),
+        reads_weights=False,
+        of_the_base=("tokenizer", "base"),
+        distribution="prefixkit-vllm",
     ),
     "onnx": Target("prefixkit.serving.onnx", mark="model.onnx", options=("baked",)),
     "pt2": Target("prefixkit.serving.pt2", mark="model.pt2", options=("max_cache_len",)),

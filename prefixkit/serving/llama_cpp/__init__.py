@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefixkit.cache_engine import check_cacheable, without_the_other
 from prefixkit.checkpoint_files import replace_file
 from prefixkit.errors import CheckpointError, ConfigError, EngineError, closest
 from prefixkit.layout import KeyValue
@@ -24,7 +22,7 @@ from prefixkit.serving.llama_cpp import server as running_server
 from prefixkit.serving.llama_cpp.gguf_file import ORDERS, GgufFile, order_of
 from prefixkit.serving.llama_cpp.running import DESCRIPTION, FORMAT, ask, described, restore, started
 from prefixkit.serving.llama_cpp.state_file import TYPES, Body, Layout, state
-from prefixkit.serving.prefix_file import check_head
+from prefixkit.serving.placeholders import check_decoder_only, check_number, drawn
 from prefixkit.serving.verdict import Answer, Verdict, answers_of, ends_of, judge
 from prefixkit.turning import turned
 
@@ -79,7 +77,7 @@ def write(
     """
     folder, attachment = Path(folder), require(model).attachment
     _check_options(folder, attachment, dtypes, streams, placeholders)
-    _check_prefix(attachment)
+    check_decoder_only(attachment, name)
     flat = turned(model, "shift")  # to where it stands in front of a text that starts at P
     file, sites = GgufFile(Path(gguf)), attachment.layout.sites
     _check_layers(file, sites)
@@ -89,7 +87,7 @@ def write(
         for place, (key, value) in attachment.pieces(flat).items()
     }
     bodies = _bodies(sites, pieces)
-    ids = list(placeholders) if placeholders is not None else _drawn(file.words(), pieces)
+    ids = list(placeholders) if placeholders is not None else drawn(file.words(), pieces.values())
     layouts = [Layout(dtype, flash, streams) for dtype in dtypes for flash in (False, True)]
     contents = {layout.file: state(ids, bodies, layout) for layout in layouts}
     description = {
@@ -238,9 +236,8 @@ def _check_options(
     _check_dtypes(dtypes)
     if streams < 1:
         raise ConfigError(f"streams is {streams}; it must be 1 or more")
-    tokens = attachment.config.num_virtual_tokens
-    if placeholders is not None and len(placeholders) != tokens:
-        raise ConfigError(f"{len(placeholders)} placeholders were given, and the prefix has {tokens} virtual tokens")
+    if placeholders is not None:
+        check_number(placeholders, attachment.config.num_virtual_tokens)
 
 
 def _check_dtypes(dtypes: Sequence[str]) -> None:
@@ -249,21 +246,6 @@ def _check_dtypes(dtypes: Sequence[str]) -> None:
     for dtype in dtypes:
         if dtype not in TYPES:
             raise ConfigError(f"the type of a cache is {dtype!r}{closest(dtype, TYPES)}; possible: {', '.join(TYPES)}")
-
-
-def _check_prefix(attachment: Attachment) -> None:
-    """Refuse what a state file does not say."""
-    stacks = sorted({site.stack for site in attachment.layout.sites} - {"decoder"})
-    if stacks or len({stack.name for stack in attachment.stacks}) > 1:
-        raise EngineError(
-            "a state of llama.cpp holds what a decoder-only model has read, and this model has "
-            f"{', '.join(stacks) or 'an encoder'} as well"
-        )
-    check_head(attachment, "a GGUF")
-    try:
-        check_cacheable(attachment)
-    except EngineError as error:
-        raise EngineError(f"llama.cpp cannot hold this prefix: {without_the_other(error)}") from error
 
 
 def _check_layers(file: GgufFile, sites: Sequence[Site]) -> None:
@@ -292,12 +274,3 @@ def _bodies(sites: Sequence[Site], pieces: dict[str, KeyValue]) -> list[Body]:
         first = max(0, windowed[0].key.shape[1] - window)
         bodies.append(Body([KeyValue(key[:, first:], value[:, first:]) for key, value in windowed], first))
     return bodies
-
-
-def _drawn(words: Sequence[int], pieces: dict[str, KeyValue]) -> list[int]:
-    """A word for each virtual token, drawn by the prefix's own numbers."""
-    digest = hashlib.sha256()
-    for part in (part for pair in pieces.values() for part in pair):
-        digest.update(part.contiguous().cpu().numpy().tobytes())
-    tokens = next(iter(pieces.values())).key.shape[1]
-    return random.Random(digest.hexdigest()).choices(words, k=tokens)  # noqa: S311  no secret
