@@ -15,8 +15,8 @@ DROPOUT = {"prefix_dropout": 0.0}
 OPTIONS = {"prefix_projection": True, "encoder_hidden_size": 512, "share_key_value": False, **DROPOUT}
 
 
-FLAT_RATE, MLP_RATE, TOKENS_RATE, MEMORY_RATE = 0.1, 0.001, 0.3, 0.01
-"""What the studies found, to about a factor of two."""
+FLAT_RATE, MLP_RATE, TOKENS_RATE, MEMORY_RATE = 0.1, 0.0005, 0.3, 0.01
+"""What the studies found, to about a factor of two. An MLP's is below its best one, which fails in some seeds."""
 
 
 def learning_rate(options: Mapping[str, Any]) -> float:

@@ -32,7 +32,7 @@ def test_a_folded_prefix_is_flat():
 def test_an_mlps_rate_for_a_flat_prefix_is_warned_of():
     with pytest.warns(UserWarning, match="^learning rate 0.001 is far from the 0.1 that suits method 'p-tuning-v2'"):
         prefixkit.check_lr(config_of("p-tuning-v2"), 0.001)
-    with pytest.warns(UserWarning, match="^learning rate 0.1 is far from the 0.001 that suits method 'prefix-tuning'"):
+    with pytest.warns(UserWarning, match="^learning rate 0.1 is far from the 0.0005 that suits method 'prefix-tuning'"):
         prefixkit.check_lr(config_of("prefix-tuning"), 0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

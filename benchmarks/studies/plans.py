@@ -15,11 +15,11 @@ Planned = Iterator[tuple[Run, Arm]]
 FLAT = (0.01, 0.03, 0.1, 0.3)
 """Learning rates of a flat prefix."""
 
-MLP = (0.0003, 0.001, 0.003, 0.01)
-"""Learning rates of an MLP that makes the prefix, and of all weights."""
+MLP = (0.0003, 0.0005, 0.001, 0.003)
+"""Learning rates of an MLP that makes the prefix."""
 
-RECOMMENDED = (0.1,)
-"""What :func:`prefixkit.recommended_lr` says of a flat prefix, for studies that vary something else."""
+RECOMMENDED, RECOMMENDED_MLP = (0.1,), (0.0005,)
+"""What :func:`prefixkit.recommended_lr` says of a flat prefix, for studies that vary something else; and of an MLP."""
 
 AROUND = (0.03, 0.1)
 """The same, and one below, where longer or deeper prefixes may want less."""
@@ -140,9 +140,11 @@ ENCODER_TASKS = {"snips-intents": 13084, "snips-slots": 13084, "wnut17": 3394}
 
 def mlp_encoder(seeds: Sequence[int]) -> Planned:
     """A flat prefix against one that an MLP makes, on the small BERT."""
-    named = {"flat": arms.prefix(), "MLP": arms.prefix("prefix-tuning")}
+    mlp = arms.prefix("prefix-tuning")
+    named = {"flat": arms.prefix(), "MLP": mlp, "MLP, recommended rate": mlp}
+    rates = {"flat": FLAT, "MLP": MLP, "MLP, recommended rate": RECOMMENDED_MLP}
     for task, rows in ENCODER_TASKS.items():
-        yield from sweep("mlp-encoder", task, named, {"flat": FLAT, "MLP": MLP}, seeds, rows=rows, steps=200)
+        yield from sweep("mlp-encoder", task, named, rates, seeds, rows=rows, steps=200)
 
 
 def length_encoder(seeds: Sequence[int]) -> Planned:

@@ -154,7 +154,7 @@ def test_a_head_that_trained_with_the_prefix(tmp_path):
     config = tiny.LlamaConfig(**tiny.llama_sizes(num_labels=3))
     model = tiny.transformers.LlamaForSequenceClassification(config).eval()
     prefixkit.apply(model, num_virtual_tokens=TOKENS)
-    with pytest.raises(EngineError, match=r"^the head \(score\) trained with the prefix, and vLLM runs the base's"):
+    with pytest.raises(EngineError, match=r"^the head \(score\) trained with the prefix, and vLLM has the base's"):
         prefixkit_vllm.write(model, tmp_path / "out")
 
 
