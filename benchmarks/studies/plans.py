@@ -139,12 +139,12 @@ ENCODER_TASKS = {"snips-intents": 13084, "snips-slots": 13084, "wnut17": 3394}
 
 
 def mlp_encoder(seeds: Sequence[int]) -> Planned:
-    """A flat prefix against one that an MLP makes, on the small BERT."""
+    """A flat prefix against one that an MLP makes, on SNIPS with the small BERT."""
     mlp = arms.prefix("prefix-tuning")
     named = {"flat": arms.prefix(), "MLP": mlp, "MLP, recommended rate": mlp}
     rates = {"flat": FLAT, "MLP": MLP, "MLP, recommended rate": RECOMMENDED_MLP}
-    for task, rows in ENCODER_TASKS.items():
-        yield from sweep("mlp-encoder", task, named, rates, seeds, rows=rows, steps=200)
+    for task in ("snips-intents", "snips-slots"):
+        yield from sweep("mlp-encoder", task, named, rates, seeds, rows=ENCODER_TASKS[task], steps=200)
 
 
 def length_encoder(seeds: Sequence[int]) -> Planned:
