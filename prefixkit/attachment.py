@@ -226,9 +226,10 @@ class Attachment:
         found = ((name, tuple(value.shape), self.shapes.get(name)) for name, value in tensors.items())
         return ", ".join(f"{name!r} is {now} of {whole}" for name, now, whole in found if whole and now != whole)
 
-    def writes(self) -> bool:
-        """Whether this process saves the prefix: of those that share it only the first."""
-        return not self.is_sharded() or torch.distributed.get_rank() == 0
+    def writes(self, model: nn.Module) -> bool:
+        """Whether this process saves the prefix: of those that share it, or the model's weights, only the first."""
+        shared = self.is_sharded() or placement.tensor_mesh(model) is not None
+        return not shared or torch.distributed.get_rank() == 0
 
     def is_sharded(self) -> bool:
         """Whether every process holds only a part of the prefix."""

@@ -66,7 +66,7 @@ def save(
         peft_export.write(model, attachment, Path(directory))
         return
     tensors = attachment.whole_tensors(model)
-    if attachment.writes():
+    if attachment.writes(model):
         checkpoint_files.write(Path(directory), attachment.config, tensors)
 
 

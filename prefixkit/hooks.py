@@ -5,17 +5,20 @@ from __future__ import annotations
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from prefixkit import placement, transformers_internals as internals
+from prefixkit import gradient_check, transformers_internals as internals
 from prefixkit.adapter import PositionTable, Stack
 from prefixkit.attention_engine import AttentionEngine
+from prefixkit.cache_engine import CacheEngine
 from prefixkit.continuous_batching import check_paged
 from prefixkit.errors import UnsupportedModelError
 from prefixkit.infix import AfterLabels, BeforeLabels
 from prefixkit.kept import once
 from prefixkit.positions import count_positions, forget_positions, look_up_placed
-from prefixkit.prefix_state import take_away
+from prefixkit.prefix_state import state_in, take_away
+from prefixkit.tensor_parallel import refuse_spread_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,6 +62,7 @@ class BeforeStack:
     def _served(self, module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         """The same of arguments whose cache has the one name that the engines know."""
         handed = arguments.pop(FLAT, None)
+        watched = self.prefixes.check.sees(self.stack.path, module)
         forget_positions()
         active = self.prefixes.attachment
         reading = self.prefixes.reading()
@@ -73,7 +77,11 @@ class BeforeStack:
             count_positions(module, stack, arguments)
             return active.engine.off(module, stack, arguments, active)
         flat = once(kept, FLAT, lambda: served.flat(module) if handed is None else handed)
-        return active.engine.before(module, stack, arguments, served, flat, kept=kept)
+        arguments = active.engine.before(module, stack, arguments, served, flat, kept=kept)
+        if watched:
+            key = active.state_key(stack)
+            gradient_check.begin(self.prefixes.check, key, served, state_in(arguments, key), module)
+        return arguments
 
 
 def _renamed(arguments: dict[str, Any], old: str, new: str) -> dict[str, Any]:
@@ -95,7 +103,10 @@ class AfterStack:
         if not self.prefixes.enabled or self.prefixes.reading() is not None:
             return output
         active = self.prefixes.attachment
-        return active.engine.after(module, self.stack, kwargs, active, output)
+        output = active.engine.after(module, self.stack, kwargs, active, output)
+        if not torch.compiler.is_compiling():
+            gradient_check.end(active.state_key(self.stack), module, output)
+        return output
 
 
 class LeaveStack:
@@ -119,11 +130,13 @@ def add_hooks(model: PreTrainedModel, prefixes: Prefixes) -> None:
         handles.append(model.register_forward_hook(AfterLabels(prefixes), always_call=True))
     if sum(bool(stack.sites) for stack in stacks) > 1 and handed:
         handles.append(model.register_forward_pre_hook(BeforeModel(prefixes), with_kwargs=True))
+    handles.append(model.register_forward_pre_hook(gradient_check.OpenModel()))
+    handles.append(model.register_forward_hook(gradient_check.CloseModel(), always_call=True))
     for stack in stacks:
         _hook_stack(model.get_submodule(stack.path), stack, prefixes)
-        for site in stack.sites[:1]:
-            inside = model.get_submodule(site.path)
-            handles.append(inside.register_forward_pre_hook(placement.refuse_tensor_parallel))
+        if isinstance(prefixes.attachment.engine, CacheEngine):
+            for site in stack.sites[:1]:
+                handles.append(model.get_submodule(site.path).register_forward_pre_hook(refuse_spread_heads))
 
 
 def _hook_stack(module: nn.Module, stack: Stack, prefixes: Prefixes) -> None:
