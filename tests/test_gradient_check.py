@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from transformers import LlamaForSequenceClassification
 
 import prefixkit
 from prefixkit import gradient_check
@@ -101,8 +102,6 @@ def test_a_cut_graph_is_found():
 def test_a_stack_that_gives_out_no_graph_raises_at_once():
     """A head that trains hides it from torch, which says so only where nothing has a graph."""
     torch.manual_seed(0)
-    from transformers import LlamaForSequenceClassification
-
     model = with_prefix(swallow(LlamaForSequenceClassification(tiny.make("llama").config), Detach))
     with pytest.raises(EngineError, match=CUT):
         model(tiny.tokens(2, 7))
