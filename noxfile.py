@@ -152,6 +152,19 @@ def pt2(session: nox.Session) -> None:
 
 
 @nox.session
+def zero(session: nox.Session) -> None:
+    """Prefixes under DeepSpeed's ZeRO-3, with DeepSpeed laid over; nothing of it is compiled."""
+    overlay = Path(os.environ.get("ZERO_OVERLAY", ".nox/zero"))
+    if not overlay.exists():
+        install = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(overlay))
+        session.run(*install, "hjson", "msgpack", "ninja", "einops", "py-cpuinfo")
+        # It looks at the torch that is here while it is built.
+        session.run(*install, "--no-build-isolation", "deepspeed==0.19.8", env={"DS_BUILD_OPS": "0"})
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(overlay)]))
+    session.run("pytest", "-m", "not gpu", "tests/test_zero.py", *session.posargs, env={"PYTHONPATH": path})
+
+
+@nox.session
 def example(session: nox.Session) -> None:
     """The main job on real text, compared with full fine-tuning (about ten minutes)."""
     session.run("python", "examples/table_to_text.py", "--compare", *session.posargs)

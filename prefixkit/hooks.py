@@ -10,12 +10,14 @@ from torch import nn
 
 from prefixkit import gradient_check, transformers_internals as internals
 from prefixkit.adapter import PositionTable, Stack
+from prefixkit.attachment import MODULE
 from prefixkit.attention_engine import AttentionEngine
 from prefixkit.cache_engine import CacheEngine
 from prefixkit.continuous_batching import check_paged
 from prefixkit.errors import UnsupportedModelError
 from prefixkit.infix import AfterLabels, BeforeLabels
 from prefixkit.kept import once
+from prefixkit.placement import is_partitioned
 from prefixkit.positions import count_positions, forget_positions, look_up_placed
 from prefixkit.prefix_state import state_in, take_away
 from prefixkit.tensor_parallel import refuse_spread_heads
@@ -37,7 +39,8 @@ class BeforeModel:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Add the flat prefix to the keyword arguments."""
-        if not self.prefixes.enabled:
+        # ZeRO-3 takes the parameters away again before the stacks run: each has to ask for them.
+        if not self.prefixes.enabled or any(map(is_partitioned, model.get_submodule(MODULE).parameters())):
             return None
         kept = self.prefixes.kept(internals.cache_among(kwargs))
         return args, {**kwargs, FLAT: once(kept, FLAT, self.prefixes.flat)}

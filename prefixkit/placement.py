@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +40,24 @@ def is_sharded(value: object) -> bool:
 def whole(value: Any) -> Any:
     """A sharded tensor gathered from the processes that share it, all of which have to call; all else as it is."""
     return value.full_tensor() if is_sharded(value) else value
+
+
+def is_partitioned(value: torch.Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has taken a parameter's numbers away, and keeps a part of them."""
+    return hasattr(value, "ds_id") and not value.numel()
+
+
+@contextmanager
+def gathered(values: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Inside, parameters of ZeRO-3 are whole, for reading; all processes have to call."""
+    partitioned = [value for value in values if is_partitioned(value)]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
 
 
 class WholeWeights(TorchFunctionMode):
