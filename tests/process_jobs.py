@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, default_data_collator
 
@@ -78,3 +82,43 @@ def trainer(model, ids, size, folder):
 def tokens_of(model, ids):
     model.eval()
     return model.generate(ids[:2], attention_mask=torch.ones_like(ids[:2]), max_new_tokens=5, do_sample=False)
+
+
+def sharded(model, ids, size, folder, ram_efficient):
+    """The part of accelerate that shards with FSDP2. ``Accelerator(cpu=True)`` never gets there: it takes DDP."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=ram_efficient,
+        state_dict_type="FULL_STATE_DICT",
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision="no",
+        is_main_process=dist.get_rank() == 0,
+        device=torch.device("cpu"),
+        torch_device_mesh=None,
+    )
+    prepared = fsdp2_prepare_model(accelerator, model)
+    assert type(prepared.model.layers[0]).__name__.startswith("FSDP")
+    optimizer = optimizer_of(prepared)
+    for start in range(0, len(ids), 2 * size):
+        mine = ids[start : start + 2 * size].chunk(2)[dist.get_rank()]
+        prepared.train()
+        prepared(input_ids=mine, labels=mine).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    prefixkit.save(prepared, folder)
+    dist.barrier()
+    register_fsdp_forward_method(prepared, "generate")
+    return tokens_of(prepared, ids)
+
+
+def unsharded(model, ids, size):
+    """The same on one process."""
+    optimizer = optimizer_of(model.train())
+    for rows in ids.split(2 * size):
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return tokens_of(model, ids)

@@ -1,6 +1,6 @@
-"""DDP through accelerate and through Trainer, two gloo processes against one: training, saving, generating.
+"""DDP through accelerate and Trainer, two gloo processes against one: training, saving, generating.
 
-The conformance kit has the gradients, for every adapter, and FSDP2.
+And FSDP2 as accelerate shards a model. The conformance kit has the gradients, for every adapter.
 """
 
 from __future__ import annotations
@@ -43,3 +43,16 @@ def test_two_processes_end_where_one_does(way, name, method, tmp_path):
     )
     start = tiny.logits(with_prefix(name, method).eval(), **tiny.inputs(model))
     assert not torch.allclose(tiny.logits(model, **tiny.inputs(model)), start, atol=1e-3), "nothing was trained"
+
+
+@pytest.mark.parametrize("ram_efficient", [False, True])
+def test_what_accelerate_shards_trains_saves_and_generates(ram_efficient, tmp_path):
+    model, ids = with_prefix("llama", "prefix-tuning"), tiny.tokens(8, 6)
+    options = {"folder": str(tmp_path), "ram_efficient": ram_efficient}
+    found = workers.run(process_jobs.sharded, model, ids=ids, size=2, **options)
+    expected = process_jobs.unsharded(model, ids, 2)
+    assert all(torch.equal(tokens, expected) for tokens in found)
+    loaded = prefixkit.load(tiny.make("llama"), tmp_path)
+    torch.testing.assert_close(
+        tiny.logits(loaded, **tiny.inputs(model)), tiny.logits(model, **tiny.inputs(model)), atol=1e-4, rtol=1e-4
+    )
