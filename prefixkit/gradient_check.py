@@ -271,13 +271,18 @@ def end(key: str, module: nn.Module, output: Any) -> None:
     watch = _stacks.get().get(key)
     if watch is None:
         return
-    _stacks.set({other: one for other, one in _stacks.get().items() if other != key})
     if internals.may_drop_layers(module):
         watch.asked = set()
     watch.leaves(output, training=module.training)
     ended = _model.get()
     if ended is not None:
         ended.append(watch)
+
+
+def forget(key: str) -> None:
+    """The call of a stack is over, whether it has ended or failed."""
+    if key in _stacks.get():
+        _stacks.set({other: watch for other, watch in _stacks.get().items() if other != key})
 
 
 class OpenModel:

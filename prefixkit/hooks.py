@@ -10,7 +10,6 @@ from torch import nn
 
 from prefixkit import gradient_check, transformers_internals as internals
 from prefixkit.adapter import PositionTable, Stack
-from prefixkit.attachment import MODULE
 from prefixkit.attention_engine import AttentionEngine
 from prefixkit.cache_engine import CacheEngine
 from prefixkit.continuous_batching import check_paged
@@ -40,7 +39,8 @@ class BeforeModel:
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Add the flat prefix to the keyword arguments."""
         # ZeRO-3 takes the parameters away again before the stacks run: each has to ask for them.
-        if not self.prefixes.enabled or any(map(is_partitioned, model.get_submodule(MODULE).parameters())):
+        encoders = (one.encoder for one in self.prefixes.attachments.values())
+        if not self.prefixes.enabled or any(is_partitioned(value) for one in encoders for value in one.parameters()):
             return None
         kept = self.prefixes.kept(internals.cache_among(kwargs))
         return args, {**kwargs, FLAT: once(kept, FLAT, self.prefixes.flat)}
@@ -115,12 +115,16 @@ class AfterStack:
 class LeaveStack:
     """Forward hook of a stack, also where its forward fails: nothing of the call stays behind."""
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, *, beside: bool) -> None:
         self.key = key
+        self.beside = beside
 
     def __call__(self, *_: Any) -> None:
-        """Take the state away that travelled beside the call."""
-        take_away(self.key)
+        """Take away what travelled beside the call."""
+        if self.beside:
+            take_away(self.key)
+        if not torch.compiler.is_compiling():
+            gradient_check.forget(self.key)
 
 
 def add_hooks(model: PreTrainedModel, prefixes: Prefixes) -> None:
@@ -148,9 +152,9 @@ def _hook_stack(module: nn.Module, stack: Stack, prefixes: Prefixes) -> None:
     # Last of the pre-hooks: what others add to the arguments is there already.
     handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
     handles.append(module.register_forward_hook(AfterStack(prefixes, stack), with_kwargs=True, prepend=True))
-    if isinstance(engine, AttentionEngine) and not stack.hands_down:
-        leave = LeaveStack(prefixes.attachment.state_key(stack))
-        handles.append(module.register_forward_hook(leave, always_call=True))
+    beside = isinstance(engine, AttentionEngine) and not stack.hands_down
+    leave = LeaveStack(prefixes.attachment.state_key(stack), beside=beside)
+    handles.append(module.register_forward_hook(leave, always_call=True))
     if isinstance(stack.positions, PositionTable):
         table = module.get_submodule(stack.positions.path)
         if not isinstance(table, nn.Embedding):

@@ -329,8 +329,20 @@ def test_it_keeps_nothing_alive(monkeypatch):
         assert made[-1]() is None, "held by a circle"
         assert not model.prefixkit.default.embedding.weight._backward_hooks
     assert len(made) == 3
-    assert gradient_check._model.get() is None
-    assert not gradient_check._stacks.get()
+
+
+def test_nothing_stays_behind_a_call_that_fails():
+    model = with_prefix()
+    key = require(model).attachment.state_key(require(model).stacks[0])
+    seen = []
+    layer = model.model.layers[1]
+    layer.register_forward_pre_hook(lambda *_: seen.append(key in gradient_check._stacks.get()) or 1 / 0)
+    for call in (model, model.model):
+        with pytest.raises(ZeroDivisionError):
+            call(tiny.tokens(1, 3))
+        assert key not in gradient_check._stacks.get()
+        assert gradient_check._model.get() is None
+    assert seen == [True, True]
 
 
 def test_a_long_prefix_hides_nothing():
