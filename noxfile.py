@@ -166,9 +166,34 @@ def onnx(session: nox.Session) -> None:
 
 
 @nox.session
+def quantised(session: nox.Session) -> None:
+    """Prefixes on quantised bases, with the packages that quantise laid over."""
+    overlay = Path(os.environ.get("QUANTISED_OVERLAY", ".nox/quantised"))
+    if not overlay.exists():
+        install = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(overlay))
+        packages = ("bitsandbytes==0.50.2", "torchao==0.18.0", "optimum-quanto==0.2.7", "gguf==0.19.0")
+        session.run(*install, *packages)
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(overlay)]))
+    session.run("pytest", "-m", "not gpu", "tests/test_quantised.py", *session.posargs, env={"PYTHONPATH": path})
+
+
+@nox.session
 def pt2(session: nox.Session) -> None:
     """The graphs of torch.export."""
     session.run("pytest", "-m", "not gpu", "tests/test_pt2.py", *session.posargs)
+
+
+@nox.session
+def zero(session: nox.Session) -> None:
+    """Prefixes under DeepSpeed's ZeRO-3, with DeepSpeed laid over; nothing of it is compiled."""
+    overlay = Path(os.environ.get("ZERO_OVERLAY", ".nox/zero"))
+    if not overlay.exists():
+        install = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(overlay))
+        session.run(*install, "hjson", "msgpack", "ninja", "einops", "py-cpuinfo")
+        # It looks at the torch that is here while it is built.
+        session.run(*install, "--no-build-isolation", "deepspeed==0.19.8", env={"DS_BUILD_OPS": "0"})
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(overlay)]))
+    session.run("pytest", "-m", "not gpu", "tests/test_zero.py", *session.posargs, env={"PYTHONPATH": path})
 
 
 @nox.session

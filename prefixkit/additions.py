@@ -15,11 +15,12 @@ from torch.nn import functional
 from prefixkit.errors import ConfigError, EngineError, MethodError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from prefixkit.adapter import Site, Stack
     from prefixkit.layout import KeyValue, Layout
     from prefixkit.prefix_config import PrefixConfig
+    from prefixkit.tensor_parallel import Heads
 
 GATE = "gate"
 """The gate's name in the prefix encoder: a parameter ``(all kv_heads of all sites,)``."""
@@ -28,13 +29,19 @@ GATE = "gate"
 class Addition(Protocol):
     """What a site adds to its attention's output."""
 
-    def of(self, query: torch.Tensor, options: Mapping[str, Any], site: Site, training: bool) -> torch.Tensor:
+    def parts(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All that the sites have of it, each with the site's place."""
+
+    def of(
+        self, query: torch.Tensor, options: Mapping[str, Any], site: Site, heads: Heads, training: bool
+    ) -> torch.Tensor:
         """What ``site`` adds, ``(batch, heads, queries, value_dim)``.
 
         Args:
             query: ``(batch, heads, queries, key_dim)``.
             options: What the attention function was called with by name.
             site: Where this is.
+            heads: Which of its heads are here.
             training: Whether the prefix's numbers are dropped.
         """
 
@@ -55,10 +62,19 @@ class GatedPrefix:
     gates: Mapping[str, torch.Tensor]
     dropout: float
 
-    def of(self, query: torch.Tensor, options: Mapping[str, Any], site: Site, training: bool) -> torch.Tensor:
+    def parts(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Keys, values and gates."""
+        for place, pair in self.pieces.items():
+            yield from ((place, part) for part in (*pair, self.gates[place]))
+
+    def of(
+        self, query: torch.Tensor, options: Mapping[str, Any], site: Site, heads: Heads, training: bool
+    ) -> torch.Tensor:
         """What the query finds in the prefix, through the gate."""
-        dropped = (functional.dropout(part, self.dropout, training) for part in self.pieces[site.place])
-        key, value, gate = (_for_each(query, part) for part in (*dropped, self.gates[site.place]))
+        gate = self.gates[site.place][:, None, None]
+        *own, gate = heads.of(*self.pieces[site.place], gate)
+        dropped = (functional.dropout(part, self.dropout, training) for part in own)
+        key, value, gate = (_for_each(query, part) for part in (*dropped, gate))
         scaling = options.get("scaling")
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         # A product in half precision may overflow before it is scaled.
@@ -67,7 +83,7 @@ class GatedPrefix:
         if options.get("softcap") is not None:
             scores = (scores / options["softcap"]).tanh() * options["softcap"]
         weights = scores.softmax(-1).to(query.dtype)
-        found: torch.Tensor = weights @ value * gate[:, None, None]
+        found: torch.Tensor = weights @ value * gate
         return found
 
 
@@ -85,9 +101,16 @@ class PrefixMemory:
     matrices: Mapping[str, torch.Tensor]
     dropout: float
 
-    def of(self, query: torch.Tensor, options: Mapping[str, Any], site: Site, training: bool) -> torch.Tensor:
+    def parts(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The matrices."""
+        yield from self.matrices.items()
+
+    def of(
+        self, query: torch.Tensor, options: Mapping[str, Any], site: Site, heads: Heads, training: bool
+    ) -> torch.Tensor:
         """What the query finds in the memory."""
-        matrix = functional.dropout(self.matrices[site.place], self.dropout, training)
+        (own,) = heads.of(self.matrices[site.place])
+        matrix = functional.dropout(own, self.dropout, training)
         found: torch.Tensor = (functional.elu(query) + 1) @ _for_each(query, matrix)
         return found
 

@@ -59,11 +59,7 @@ def build(
 
     ``adapter`` and ``method`` overrule the installed ones.
     """
-    if placement.is_spread(model):
-        raise UnsupportedModelError(
-            "the weights of this model are spread over processes already, and the prefix would not be kept alike in "
-            "all of them; apply or load it first, then shard with fully_shard. Tensor parallel is not supported"
-        )
+    _check_spread(model)
     adapter = adapter or installed().adapter_for(config.model_type)
     stacks = _select(model, stacks_of(model, adapter), config)
     for stack in stacks:
@@ -95,6 +91,21 @@ def build(
     if config.num_frozen_tokens:
         add_frozen(attachment.encoder, config.num_frozen_tokens)
     return attachment
+
+
+def _check_spread(model: PreTrainedModel) -> None:
+    """Raise where the weights are spread over processes in a way that a prefix cannot follow."""
+    if placement.is_fully_sharded(model):
+        raise UnsupportedModelError(
+            "fully_shard has spread the weights of this model over processes already, and would not know the prefix; "
+            "apply or load it first, then shard"
+        )
+    if (getattr(model, "tp_size", None) or 1) > 1 and not internals.spreads_visibly():
+        raise UnsupportedModelError(
+            f"transformers {internals.VERSION} spreads a model over processes (tensor parallel) in a way that its "
+            "weights do not show, so a prefix cannot follow; use transformers 5.20 or later, or torch's "
+            "parallelize_module"
+        )
 
 
 def _check_method(attachment: Attachment) -> None:

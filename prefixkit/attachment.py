@@ -103,7 +103,7 @@ class Attachment:
         pieces = self._in_pieces(dict(self.encoder.named_parameters()))
         if pieces:
             raise EngineError(f"{pieces}: {IN_PIECES}")
-        flat = with_frozen(self.encoder, self.encoder()) if self.config.num_frozen_tokens else self.encoder()
+        flat = self._given()
         if placement.is_sharded(flat) and torch.is_grad_enabled():
             raise EngineError(SHARDED)
         gathered: torch.Tensor = placement.whole(flat)
@@ -111,6 +111,17 @@ class Attachment:
             return gathered
         assert module is not None, "embeddings are read by a stack"
         return read_embeddings(module, self, gathered)
+
+    def _given(self) -> torch.Tensor:
+        """What the encoder gives, with the rows that stay.
+
+        In training, ZeRO-3 hands out its parameters when they are asked for, and knows that it did.
+        """
+        if not torch.is_grad_enabled() and any(map(placement.is_partitioned, self.encoder.parameters())):
+            with placement.gathered(self.encoder.parameters()), torch.enable_grad():
+                return self._given().detach().clone()
+        given: torch.Tensor = self.encoder()
+        return with_frozen(self.encoder, given) if self.config.num_frozen_tokens else given
 
     def pieces(self, flat: torch.Tensor) -> dict[str, KeyValue]:
         """K and V by the site's place; of a layer with fewer virtual tokens the last ones."""
@@ -200,7 +211,11 @@ class Attachment:
         Raises:
             CheckpointError: If they are offloaded, or FSDP1 holds them in pieces.
         """
-        tensors = {name: placement.whole(value) for name, value in self.tensors(model).items()}
+        partitioned = self._is_partitioned(model)
+        with placement.gathered(self.parameters(model).values()):
+            tensors = {name: placement.whole(value) for name, value in self.tensors(model).items()}
+            if partitioned:
+                tensors = {name: value.clone() for name, value in tensors.items()}
         offloaded = [name for name, value in tensors.items() if value.is_meta]
         if offloaded:
             raise CheckpointError(f"{', '.join(offloaded)}: offloaded, so there is nothing here to save")
@@ -223,12 +238,18 @@ class Attachment:
 
     def _in_pieces(self, tensors: dict[str, torch.Tensor]) -> str:
         """What is not as large as it was, with its shapes; empty if all is."""
-        found = ((name, tuple(value.shape), self.shapes.get(name)) for name, value in tensors.items())
+        here = {name: value for name, value in tensors.items() if not placement.is_partitioned(value)}
+        found = ((name, tuple(value.shape), self.shapes.get(name)) for name, value in here.items())
         return ", ".join(f"{name!r} is {now} of {whole}" for name, now, whole in found if whole and now != whole)
 
-    def writes(self) -> bool:
-        """Whether this process saves the prefix: of those that share it only the first."""
-        return not self.is_sharded() or torch.distributed.get_rank() == 0
+    def writes(self, model: nn.Module) -> bool:
+        """Whether this process saves the prefix: of those that share it, or the model's weights, only the first."""
+        shared = self.is_sharded() or self._is_partitioned(model) or placement.tensor_mesh(model) is not None
+        return not shared or torch.distributed.get_rank() == 0
+
+    def _is_partitioned(self, model: nn.Module) -> bool:
+        """Whether ZeRO-3 has taken some of the numbers that a checkpoint holds."""
+        return any(map(placement.is_partitioned, self.parameters(model).values()))
 
     def is_sharded(self) -> bool:
         """Whether every process holds only a part of the prefix."""

@@ -30,7 +30,6 @@ from prefixkit.prefix_state import (
     PrefixState,
     SiteMark,
     Witness,
-    check_heads,
     find_state,
     is_served,
     look_beside,
@@ -39,6 +38,7 @@ from prefixkit.prefix_state import (
     put_beside,
     stands_in,
 )
+from prefixkit.tensor_parallel import heads_here
 from prefixkit.widening import widen_bias
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ class AttentionEngine:
         positions = stack.positions
         prefix_bias = positions.prefix_bias if isinstance(positions, PositionIds | RelativeBias) else None
         if prefix_bias is not None and moved is not None and attachment.shifts(stack):
-            with placement.whole_weights():
+            with placement.whole_weights(module):
                 state.bias = prefix_bias(module, moved, config.num_virtual_tokens)
         return state
 
@@ -272,18 +272,18 @@ def make_attention(name: str, original: internals.AttentionFunction) -> internal
             return original(module, query, key, value, attention_mask, **kwargs)
         site, state = found
         if state.read is not None:
-            state.note(site, key, value)
+            state.note(module, site, key, value)
             return original(module, query, key, value, attention_mask, **kwargs)
         if state.addition is not None:
-            check_heads(site, key, value)
+            heads = heads_here(module, site, key, value, query)
             output, weights = original(module, query, key, value, attention_mask, **kwargs)
-            return output + state.addition.of(query, kwargs, site, module.training).transpose(1, 2), weights
+            return output + state.addition.of(query, kwargs, site, heads, module.training).transpose(1, 2), weights
         # Continuous batching writes its cache inside the attention, and the prefix is no part of that.
         key, value = internals.with_paged(module, key, value, kwargs)
         causal = attention_mask is None and _sdpa_would_be_causal(name, module, query.shape[2], kwargs)
         parts = is_torchs and state.is_seen_by_all(site) and pays(state.tokens(site), query, key)
         if parts and can_serve(query, key, value, attention_mask, kwargs):
-            piece = piece_of(module, site, state, key, value)
+            piece = piece_of(module, site, state, key, value, query)
             mask = None if attention_mask is None else state.additive(attention_mask, query.dtype)[..., : key.shape[2]]
             output = attend(query, key, value, piece, mask, causal=causal, scale=kwargs.get("scaling"))
             return output.transpose(1, 2).contiguous(), None
@@ -292,7 +292,7 @@ def make_attention(name: str, original: internals.AttentionFunction) -> internal
             kwargs["is_causal"] = False  # the mask says it; torch's own would stand at the upper left
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = _wider_bias(kwargs["position_bias"], site, state, query.shape[0])
-        key, value = put_before(module, site, state, key, value)
+        key, value = put_before(module, site, state, key, value, query)
         return original(module, query, key, value, attention_mask, **kwargs)
 
     return prefix_attention

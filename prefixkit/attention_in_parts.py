@@ -153,13 +153,16 @@ class InParts(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Keep what the backward pass needs: nothing larger than queries and keys."""
         *tensors, ctx.causal, ctx.scale = inputs
+        ctx.set_materialize_grads(False)  # a gradient that is missing is no zero, and somebody looks for it
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
         """Gradients of query, key, value and of the prefix's key and value."""
+        if grad is None:
+            return (None,) * 8
         query, key, value, front_key, front_value, mask, output, total = ctx.saved_tensors
         own = grad, query, key, value, output, total
         grads = _backward(*own, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale)

@@ -19,6 +19,7 @@ from prefixkit.errors import EngineError
 from prefixkit.layout import KeyValue
 from prefixkit.method import EMBEDDINGS
 from prefixkit.positions import place_positions
+from prefixkit.tensor_parallel import check_whole_heads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -49,6 +50,7 @@ class CacheEngine:
     def check(self, model: nn.Module, attachment: Attachment) -> None:
         """Raise if the stacks or policies asked for cannot be served through a cache."""
         check_cacheable(attachment)
+        check_whole_heads(model, attachment.stacks)
         for stack in attachment.stacks:
             if stack.name == "decoder" and not internals.takes_cache(model.get_submodule(stack.path)):
                 raise EngineError(

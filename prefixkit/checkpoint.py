@@ -43,7 +43,8 @@ def save(
 
     Writes ``prefix_config.json`` and ``prefix.safetensors``. With an MLP its weights are kept, so
     that training can go on; :func:`prefixkit.fold` first for the smallest file. A crash leaves the
-    old checkpoint or the new one. Under FSDP2 every process has to call, and the first one writes.
+    old checkpoint or the new one. Where processes share the model (FSDP2, tensor parallel, ZeRO-3) every one has
+    to call, and the first one writes.
 
     Args:
         model: A model with a prefix.
@@ -66,7 +67,7 @@ def save(
         peft_export.write(model, attachment, Path(directory))
         return
     tensors = attachment.whole_tensors(model)
-    if attachment.writes():
+    if attachment.writes(model):
         checkpoint_files.write(Path(directory), attachment.config, tensors)
 
 

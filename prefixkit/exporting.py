@@ -76,7 +76,7 @@ def export(
         **_header(attachment, positions),
         "sites": [_site(site, pieces[site.place], attachment, positions, found) for site in attachment.layout.sites],
     }
-    if attachment.writes():
+    if attachment.writes(model):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(file, _tensors(attachment, pieces), {HEADER: json.dumps(header)})
 

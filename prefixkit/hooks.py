@@ -5,17 +5,21 @@ from __future__ import annotations
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from prefixkit import placement, transformers_internals as internals
+from prefixkit import gradient_check, transformers_internals as internals
 from prefixkit.adapter import PositionTable, Stack
 from prefixkit.attention_engine import AttentionEngine
+from prefixkit.cache_engine import CacheEngine
 from prefixkit.continuous_batching import check_paged
 from prefixkit.errors import UnsupportedModelError
 from prefixkit.infix import AfterLabels, BeforeLabels
 from prefixkit.kept import once
+from prefixkit.placement import is_partitioned
 from prefixkit.positions import count_positions, forget_positions, look_up_placed
-from prefixkit.prefix_state import take_away
+from prefixkit.prefix_state import state_in, take_away
+from prefixkit.tensor_parallel import refuse_spread_heads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,7 +38,9 @@ class BeforeModel:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Add the flat prefix to the keyword arguments."""
-        if not self.prefixes.enabled:
+        # ZeRO-3 takes the parameters away again before the stacks run: each has to ask for them.
+        encoders = (one.encoder for one in self.prefixes.attachments.values())
+        if not self.prefixes.enabled or any(is_partitioned(value) for one in encoders for value in one.parameters()):
             return None
         kept = self.prefixes.kept(internals.cache_among(kwargs))
         return args, {**kwargs, FLAT: once(kept, FLAT, self.prefixes.flat)}
@@ -59,6 +65,7 @@ class BeforeStack:
     def _served(self, module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
         """The same of arguments whose cache has the one name that the engines know."""
         handed = arguments.pop(FLAT, None)
+        watched = self.prefixes.check.sees(self.stack.path, module)
         forget_positions()
         active = self.prefixes.attachment
         reading = self.prefixes.reading()
@@ -73,7 +80,11 @@ class BeforeStack:
             count_positions(module, stack, arguments)
             return active.engine.off(module, stack, arguments, active)
         flat = once(kept, FLAT, lambda: served.flat(module) if handed is None else handed)
-        return active.engine.before(module, stack, arguments, served, flat, kept=kept)
+        arguments = active.engine.before(module, stack, arguments, served, flat, kept=kept)
+        if watched:
+            key = active.state_key(stack)
+            gradient_check.begin(self.prefixes.check, key, served, state_in(arguments, key), module)
+        return arguments
 
 
 def _renamed(arguments: dict[str, Any], old: str, new: str) -> dict[str, Any]:
@@ -95,18 +106,25 @@ class AfterStack:
         if not self.prefixes.enabled or self.prefixes.reading() is not None:
             return output
         active = self.prefixes.attachment
-        return active.engine.after(module, self.stack, kwargs, active, output)
+        output = active.engine.after(module, self.stack, kwargs, active, output)
+        if not torch.compiler.is_compiling():
+            gradient_check.end(active.state_key(self.stack), module, output)
+        return output
 
 
 class LeaveStack:
     """Forward hook of a stack, also where its forward fails: nothing of the call stays behind."""
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, *, beside: bool) -> None:
         self.key = key
+        self.beside = beside
 
     def __call__(self, *_: Any) -> None:
-        """Take the state away that travelled beside the call."""
-        take_away(self.key)
+        """Take away what travelled beside the call."""
+        if self.beside:
+            take_away(self.key)
+        if not torch.compiler.is_compiling():
+            gradient_check.forget(self.key)
 
 
 def add_hooks(model: PreTrainedModel, prefixes: Prefixes) -> None:
@@ -119,11 +137,13 @@ def add_hooks(model: PreTrainedModel, prefixes: Prefixes) -> None:
         handles.append(model.register_forward_hook(AfterLabels(prefixes), always_call=True))
     if sum(bool(stack.sites) for stack in stacks) > 1 and handed:
         handles.append(model.register_forward_pre_hook(BeforeModel(prefixes), with_kwargs=True))
+    handles.append(model.register_forward_pre_hook(gradient_check.OpenModel()))
+    handles.append(model.register_forward_hook(gradient_check.CloseModel(), always_call=True))
     for stack in stacks:
         _hook_stack(model.get_submodule(stack.path), stack, prefixes)
-        for site in stack.sites[:1]:
-            inside = model.get_submodule(site.path)
-            handles.append(inside.register_forward_pre_hook(placement.refuse_tensor_parallel))
+        if isinstance(prefixes.attachment.engine, CacheEngine):
+            for site in stack.sites[:1]:
+                handles.append(model.get_submodule(site.path).register_forward_pre_hook(refuse_spread_heads))
 
 
 def _hook_stack(module: nn.Module, stack: Stack, prefixes: Prefixes) -> None:
@@ -132,9 +152,9 @@ def _hook_stack(module: nn.Module, stack: Stack, prefixes: Prefixes) -> None:
     # Last of the pre-hooks: what others add to the arguments is there already.
     handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
     handles.append(module.register_forward_hook(AfterStack(prefixes, stack), with_kwargs=True, prepend=True))
-    if isinstance(engine, AttentionEngine) and not stack.hands_down:
-        leave = LeaveStack(prefixes.attachment.state_key(stack))
-        handles.append(module.register_forward_hook(leave, always_call=True))
+    beside = isinstance(engine, AttentionEngine) and not stack.hands_down
+    leave = LeaveStack(prefixes.attachment.state_key(stack), beside=beside)
+    handles.append(module.register_forward_hook(leave, always_call=True))
     if isinstance(stack.positions, PositionTable):
         table = module.get_submodule(stack.positions.path)
         if not isinstance(table, nn.Embedding):

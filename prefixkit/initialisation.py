@@ -21,6 +21,7 @@ from prefixkit.frozen import keep_frozen
 from prefixkit.head import input_embeddings
 from prefixkit.method import EMBEDDINGS, MEMORY
 from prefixkit.reading import join, of_cache, read
+from prefixkit.tensor_parallel import from_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,6 +93,8 @@ Init = str | torch.Tensor | Cache | TextInit | ChunksInit
 def initialise(model: PreTrainedModel, attachment: Attachment, init: Init) -> None:
     """Give the prefix of an attachment, not yet on ``model``, its first numbers.
 
+    Where tensor parallel has spread the model, all its processes have to call, and get those of the first.
+
     Raises:
         ConfigError: If ``init`` is none of the possible values, has another shape, or cannot be read.
     """
@@ -100,6 +103,8 @@ def initialise(model: PreTrainedModel, attachment: Attachment, init: Init) -> No
     flat = None if attachment.gives == MEMORY else _wanted(model, attachment, init)
     if flat is not None:
         start_from(attachment.encoder, flat)
+    with torch.no_grad():
+        from_first(model, *attachment.encoder.parameters(), *attachment.encoder.buffers())
     if attachment.config.num_frozen_tokens:
         keep_frozen(attachment.encoder)
 
@@ -231,11 +236,13 @@ def _of_ids(model: PreTrainedModel, attachment: Attachment, ids: torch.Tensor) -
 
 def _read(model: PreTrainedModel, attachment: Attachment, ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     device = placement.real_device(model)
+    ids, target = (part.to(device, copy=True) for part in (ids, target))
+    from_first(model, ids, target)  # processes that read together read the same
     if attachment.gives == EMBEDDINGS:
-        return _embedded(model, ids.to(device)).to(_device(attachment), torch.float32)
-    inputs: dict[str, Any] = {"input_ids": ids[None].to(device)}
+        return _embedded(model, ids).to(_device(attachment), torch.float32)
+    inputs: dict[str, Any] = {"input_ids": ids[None]}
     if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = target[None].to(device)
+        inputs["decoder_input_ids"] = target[None]
     return read(model, attachment, inputs, len(ids))
 
 

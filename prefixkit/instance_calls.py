@@ -50,7 +50,7 @@ class SavePretrained:
         attachment = require(self.model).attachment
         if state_dict is None:
             tensors = attachment.whole_tensors(self.model)
-            is_main_process = is_main_process and attachment.writes()
+            is_main_process = is_main_process and attachment.writes(self.model)
         else:  # gathered by the caller, where parameters are sharded
             names = attachment.tensors(self.model) if is_main_process else ()
             tensors = {name: state_dict[attachment.state_name(name)] for name in names}

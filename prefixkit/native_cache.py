@@ -12,6 +12,7 @@ from prefixkit.cache_engine import check_cacheable, fill_cache
 from prefixkit.errors import ConfigError, EngineError, closest
 from prefixkit.layout import KeyValue
 from prefixkit.prefixes import require
+from prefixkit.tensor_parallel import check_whole_heads
 from prefixkit.turning import moving_sites, turned
 
 if TYPE_CHECKING:
@@ -92,8 +93,8 @@ def to_cache(
         ConfigError: If ``batch_size`` is below 1, ``kind`` is unknown, or a length is missing, too small or
             given for a cache that grows.
         EngineError: If the prefix cannot be expressed: ``positions="none"`` where keys cannot be turned, a
-            pinned prefix in sliding windows, a choice of layers, a gate, a prefix on an encoder only, or, in
-            transformers before 5.5, a static cache for cross-attention.
+            pinned prefix in sliding windows, a choice of layers, a gate, a prefix on an encoder only, heads spread
+            by tensor parallel, or, in transformers before 5.5, a static cache for cross-attention.
     """
     attachment = require(model).attachment
     if batch_size < 1:
@@ -101,6 +102,7 @@ def to_cache(
     if kind not in KINDS:
         raise ConfigError(f"kind is {kind!r}{closest(kind, KINDS)}; possible: {', '.join(KINDS)}")
     check_cacheable(attachment)
+    check_whole_heads(model, attachment.stacks)
     decoder = next(stack for stack in attachment.stacks if stack.name == "decoder")
     module = model.get_submodule(decoder.path)
     crosses = _crosses(module, attachment)

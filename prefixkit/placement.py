@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -41,6 +42,24 @@ def whole(value: Any) -> Any:
     return value.full_tensor() if is_sharded(value) else value
 
 
+def is_partitioned(value: torch.Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has taken a parameter's numbers away, and keeps a part of them."""
+    return hasattr(value, "ds_id") and not value.numel()
+
+
+@contextmanager
+def gathered(values: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Inside, parameters of ZeRO-3 are whole, for reading; all processes have to call."""
+    partitioned = [value for value in values if is_partitioned(value)]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
+
+
 class WholeWeights(TorchFunctionMode):
     """Inside, what an operation is given is whole: for reading weights outside of their own layer's call.
 
@@ -57,9 +76,9 @@ class WholeWeights(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def whole_weights() -> AbstractContextManager[Any]:
-    """:class:`WholeWeights` where there is more than this process, else nothing."""
-    return WholeWeights() if may_share_weights() else nullcontext()
+def whole_weights(module: nn.Module) -> AbstractContextManager[Any]:
+    """:class:`WholeWeights` where FSDP2 shards parts of ``module``, else nothing."""
+    return WholeWeights() if may_share_weights() and is_fully_sharded(module) else nullcontext()
 
 
 def may_share_weights() -> bool:
@@ -67,22 +86,37 @@ def may_share_weights() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def is_spread(model: nn.Module) -> bool:
-    """Whether the weights of ``model`` are spread over processes already, by FSDP2 or tensor parallel."""
-    return (getattr(model, "tp_size", None) or 1) > 1 or any(map(is_sharded, model.parameters()))
+def is_fully_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 has sharded any module of ``model``, whose class has one more base then."""
+    return any(base.__name__ == "FSDPModule" for module in model.modules() for base in type(module).__mro__)
 
 
-def refuse_tensor_parallel(module: nn.Module, _args: tuple[Any, ...]) -> None:
-    """Forward pre-hook of an attention module, whose own weights FSDP2 has gathered by then.
+def tensor_mesh(module: nn.Module) -> Any:
+    """The processes over which tensor parallel has spread weights of ``module``, a ``DeviceMesh``; ``None``: none.
 
-    Raises:
-        EngineError: If they are still in pieces while gradients are recorded.
+    For a module whose weights are its own now: FSDP2 gathers those of a layer while it runs.
     """
-    if torch.is_grad_enabled() and any(map(is_sharded, module.parameters())):
-        raise EngineError(
-            f"the heads of this {type(module).__name__} are spread over devices (tensor parallel), and the prefix "
-            "would get a part of its gradient only; tensor parallel is not supported in training"
-        )
+    if not may_share_weights():
+        return None
+    spread = (weight for weight in module.parameters() if is_sharded(weight))
+    pieces: Any = next((weight for weight in spread if any(map(_cuts, weight.placements))), None)  # type: ignore[attr-defined]
+    return None if pieces is None else pieces.device_mesh
+
+
+def _cuts(place: Any) -> bool:
+    """Whether a DTensor's placement gives each process a part: ``Shard``, or a strided one, which is no subclass."""
+    return not place.is_replicate() and not place.is_partial()
+
+
+def like(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """``value`` where ``other`` is, of its dtype, and in pieces on the processes that have pieces of ``other``."""
+    if not is_sharded(other) or is_sharded(value):
+        return value.to(other)
+    from torch.distributed.tensor import distribute_tensor
+
+    spread: Any = other
+    there = value.to(device=spread.device, dtype=spread.dtype)
+    return distribute_tensor(there, spread.device_mesh, spread.placements, src_data_rank=None)
 
 
 def real_device(model: nn.Module) -> torch.device:

@@ -24,6 +24,7 @@ from prefixkit.adapter import Site
 from prefixkit.errors import EngineError
 from prefixkit.kept import Kept, once
 from prefixkit.layout import KeyValue
+from prefixkit.tensor_parallel import heads_here
 from prefixkit.widening import (
     additive,
     as_in_call,
@@ -54,6 +55,8 @@ class Witness:
 
     def __init__(self) -> None:
         self.reached = False
+        self.asked: set[str] = set()
+        """Places of the sites that have asked; not those in compiled layers."""
 
 
 @dataclass
@@ -111,6 +114,13 @@ class PrefixState:
         """How many virtual tokens ``site`` has: the last ones of the prefix."""
         return self.pieces[site.place].key.shape[-2]
 
+    def parts(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All that the sites have of the prefix, each with the site's place."""
+        for place, pair in self.pieces.items():
+            yield from ((place, part) for part in pair)
+        if self.addition is not None:
+            yield from self.addition.parts()
+
     def serves(self, site: Site) -> bool:
         """Whether ``site`` has a prefix in this call."""
         return self.read is not None or site.place in self.places
@@ -145,11 +155,11 @@ class PrefixState:
             return None
         return self.bias[..., self.num_virtual_tokens - self.tokens(site) :]
 
-    def note(self, site: Site, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Keep what the base made of a text, ``(batch, kv_heads, keys, dim)``."""
-        check_heads(site, key, value)
-        if self.read is not None:
-            self.read.setdefault(site.place, KeyValue(key[0], value[0]))
+    def note(self, module: nn.Module, site: Site, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep what the base made of a text, ``(batch, kv_heads, keys, dim)``, with the heads of all processes."""
+        heads = heads_here(module, site, key, value)
+        if self.read is not None and site.place not in self.read:
+            self.read[site.place] = KeyValue(*heads.gathered(key[0], value[0]))
 
     def is_seen_by_all(self, site: Site) -> bool:
         """Whether every query of every row sees all virtual tokens."""
@@ -219,6 +229,12 @@ class SiteMark:
         turn = state.turns.get(path, 0)
         state.turns[path] = turn if looks else turn + 1
         return next((site for site in self.sites if site.turn == turn % self.turns), None)
+
+
+def state_in(arguments: dict[str, Any], stack: str) -> PrefixState | None:
+    """The state of a stack's call, that travels with ``arguments`` or beside them."""
+    state: PrefixState | None = arguments.get(STATE)
+    return look_beside(stack) if state is None else state
 
 
 @_never_compiled
@@ -307,7 +323,11 @@ def find_state(module: nn.Module, arguments: dict[str, Any], *, looks: bool = Fa
     if state.witness is not None and not looks:
         state.witness.reached = True
     site = mark.site(state, looks=looks)
-    return None if site is None or not state.serves(site) else (site, state)
+    if site is None or not state.serves(site):
+        return None
+    if state.witness is not None and not looks and not torch.compiler.is_compiling():
+        state.witness.asked.add(site.place)
+    return site, state
 
 
 def stands_in(module: nn.Module) -> bool:
@@ -354,7 +374,7 @@ def in_front(
         return key, value, mask
     site, state = found
     if state.read is not None:
-        state.note(site, key, value)
+        state.note(module, site, key, value)
         return key, value, mask
     seen = state.seen(site)
     if seen is not None and mask is None:
@@ -377,37 +397,39 @@ def keys_in_front(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> 
         return key, value
     site, state = found
     if state.read is not None:
-        state.note(site, key, value)
+        state.note(module, site, key, value)
         return key, value
     return put_before(module, site, state, key, value)
 
 
-def put_before(
-    module: nn.Module, site: Site, state: PrefixState, key: torch.Tensor, value: torch.Tensor
+def put_before(  # noqa: PLR0917 - as the attention function is given them
+    module: nn.Module,
+    site: Site,
+    state: PrefixState,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``key`` and ``value`` with the site's prefix in front."""
-    piece = piece_of(module, site, state, key, value)
+    piece = piece_of(module, site, state, key, value, query)
     return put_in_front(piece.key, key), put_in_front(piece.value, value)
 
 
-def piece_of(module: nn.Module, site: Site, state: PrefixState, key: torch.Tensor, value: torch.Tensor) -> KeyValue:
+def piece_of(  # noqa: PLR0917 - the same
+    module: nn.Module,
+    site: Site,
+    state: PrefixState,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query: torch.Tensor | None = None,
+) -> KeyValue:
     """The site's K and V as they stand in front of ``key`` and ``value``: of their dtype, with the prefix's dropout."""
-    check_heads(site, key, value)
+    heads = heads_here(module, site, key, value, query)
     dropout = state.dropout if module.training else 0.0
     piece = state.pieces[site.place]
 
     def as_here() -> KeyValue:
-        return KeyValue(as_in_call(piece.key, key, dropout), as_in_call(piece.value, value, dropout))
+        front = heads.of(*piece)
+        return KeyValue(as_in_call(front[0], key, dropout), as_in_call(front[1], value, dropout))
 
     return as_here() if dropout else once(state.kept, (site.place, piece.key.shape, key.dtype, key.device), as_here)
-
-
-def check_heads(site: Site, key: torch.Tensor, value: torch.Tensor) -> None:
-    """Refuse keys and values that are not what the adapter said; broadcasting would hide some."""
-    given = (key.shape[1], key.shape[3], value.shape[3])
-    if given != (site.kv_heads, site.key_dim, site.value_dim):
-        raise EngineError(
-            f"{site.path!r} has {given[0]} heads of keys ({given[1]}) and values ({given[2]}) here, and the prefix "
-            f"{site.kv_heads} of ({site.key_dim}) and ({site.value_dim}); the adapter is wrong, or the model's heads "
-            "are spread over devices (tensor parallel), which is not supported"
-        )

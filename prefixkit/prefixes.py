@@ -21,9 +21,11 @@ from prefixkit.beside_peft import peft_parameters
 from prefixkit.call import batch_of
 from prefixkit.embeddings import reading_now
 from prefixkit.errors import AttachmentError, ConfigError, closest
+from prefixkit.gradient_check import GradientCheck
 from prefixkit.head import head_parameters
 from prefixkit.hooks import add_hooks
 from prefixkit.kept import Kept, kept_for, once
+from prefixkit.placement import like
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,6 +53,7 @@ class Prefixes:
         handles: Of the hooks.
         displaced: What the instance answered by itself before, where the prefix answers now.
         homes: Files whose attention functions the sites call.
+        check: Whether it is time to look at gradients.
     """
 
     attachments: dict[str, Attachment] = field(default_factory=dict)
@@ -63,6 +66,7 @@ class Prefixes:
     handles: list[Any] = field(default_factory=list)
     displaced: dict[str, Any] = field(default_factory=dict)
     homes: tuple[str, ...] = ()
+    check: GradientCheck = field(default_factory=GradientCheck)
 
     @property
     def enabled(self) -> bool:
@@ -305,7 +309,7 @@ def put_head(model: nn.Module, prefixes: Prefixes) -> None:
     """
     attachment = prefixes.attachment
     for name, value in attachment.own_head(model).items():
-        value.data, prefixes.base_head[name] = attachment.kept_head.pop(name).to(value), value.data
+        value.data, prefixes.base_head[name] = like(attachment.kept_head.pop(name), value), value.data
     torch.clear_autocast_cache()  # it knows weights by their object, which stays
 
 
@@ -313,7 +317,7 @@ def take_head(model: nn.Module, prefixes: Prefixes) -> None:
     """Exchange the values of the active prefix's head for the base's."""
     attachment = prefixes.attachment
     for name, value in attachment.own_head(model).items():
-        value.data, attachment.kept_head[name] = prefixes.base_head[name].to(value), value.data
+        value.data, attachment.kept_head[name] = like(prefixes.base_head[name], value), value.data
     torch.clear_autocast_cache()
 
 

@@ -63,7 +63,7 @@ def push_to_hub(
     """
     attachment = require(model).named(name)
     tensors = attachment.whole_tensors(model)
-    if not attachment.writes():
+    if not attachment.writes(model):
         return ""
     return publish(
         model,

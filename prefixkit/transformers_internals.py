@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache, wraps
+from importlib.util import find_spec
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +173,11 @@ def homes_of(module: nn.Module) -> list[str]:
     """The files whose attention functions ``module`` may call: those its classes are written in."""
     homes = (cls.__module__ for cls in type(module).__mro__)
     return [home for home in homes if hasattr(sys.modules.get(home), INTERFACE)]
+
+
+def spreads_visibly() -> bool:
+    """Whether a model's own tensor-parallel plan makes its weights ``DTensor``; before 5.20 they were plain."""
+    return find_spec("transformers.distributed.tensor_parallel") is not None
 
 
 def is_on_interface(module: nn.Module) -> bool:
@@ -391,6 +397,13 @@ def can_hand_down(model: nn.Module, stack: str, site: str) -> bool:
     paths = [".".join(filter(None, (stack, *names[:depth]))) for depth in range(len(names) + 1)]
     modules = (model.get_submodule(path) for path in paths)
     return all(isinstance(module, nn.ModuleList) or takes_any_keyword(module) for module in modules)
+
+
+def quantised_by(module: nn.Module) -> str:
+    """For messages: what quantises the weights of the model that ``module`` is of; empty if nothing does."""
+    settings = getattr(config_of(module), "quantization_config", None) if has_config(module) else None
+    kind = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return "" if kind is None else f" (the base is quantised by {getattr(kind, 'value', kind)})"
 
 
 def may_drop_layers(stack: nn.Module) -> bool:

@@ -135,7 +135,8 @@ def test_heads_that_are_not_what_the_adapter_said():
     attention.num_key_value_groups = 4
     message = (
         r"^'model.layers.0.self_attn' has 1 heads of keys \(8\) and values \(8\) here, and the prefix 2 of \(8\) and "
-        r"\(8\); the adapter is wrong, or the model's heads are spread over devices"
+        r"\(8\); the adapter is wrong, or the heads are spread over devices \(tensor parallel\) in a way that the "
+        r"weights do not show$"
     )
     with pytest.raises(prefixkit.EngineError, match=message):
         model(**tiny.inputs(model))

@@ -56,7 +56,7 @@ def write(model: PreTrainedModel, attachment: Attachment, directory: Path) -> No
     _refuse(_reasons(model, attachment, task))
     _check_folder(directory)
     tensors = {PROMPT: _flat(model, attachment), **_head(model, attachment, task)}
-    if attachment.writes():
+    if attachment.writes(model):
         checkpoint_files.write_files(directory, TENSOR_FILES[0], tensors, CONFIG_FILE, _config(model, attachment, task))
 
 

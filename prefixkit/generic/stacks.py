@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from prefixkit import transformers_internals as internals
+from prefixkit import placement, transformers_internals as internals
 from prefixkit.adapter import Adapter, Site, Stack
 from prefixkit.errors import GUIDE, UnsupportedModelError
 from prefixkit.generic.inputs import TARGETS, candidates, required
 from prefixkit.generic.positions import positions_of
 from prefixkit.generic.probes import caches, hands_down
 from prefixkit.generic.watching import AttentionCall, Watched, watch
+from prefixkit.weightless import weightless
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,6 +55,8 @@ def watched_stacks(model: PreTrainedModel, inputs: Inputs | None = None) -> list
         UnsupportedModelError: If no tiny forward pass succeeds, none of its modules calls the
             attention function, or one calls it with what no prefix can be put in front of.
     """
+    if placement.tensor_mesh(model) is not None:  # here are the heads of this process only
+        model = weightless(type(model), model.config)
     inputs, watched = _first_run(model, inputs)
     for call in watched.calls:
         _check_call(model, call)

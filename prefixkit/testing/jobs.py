@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import prefixkit
-from prefixkit.adapter import Adapter, Site, Stack
+from prefixkit.adapter import Adapter, Stack
 from prefixkit.testing.subject import enable_checkpointing, loss_of, numbers_of
 
 if TYPE_CHECKING:
@@ -80,29 +80,61 @@ def sharded_before(model: PreTrainedModel, stated: tuple[Stack, ...], **options:
     _apply(model, stated, **options)
 
 
-def tensor_parallel_before(model: PreTrainedModel, stated: tuple[Stack, ...], folder: str, **options: Any) -> None:
-    """Apply a prefix to a model that tensor parallel has spread: by its own plan, if it has one."""
-    if model.supports_tp_plan and getattr(model, "tp_plan", None) != {}:  # some versions call an empty plan one
-        model = type(model).from_pretrained(folder, **_tensor_parallel())
-    else:
-        _spread(model, [site for stack in stated for site in stack.sites])
-    _apply(model, stated, **options)
+@dataclass(frozen=True)
+class Saved:
+    """A base and its prefix as files, and the stacks that an adapter named."""
+
+    stacks: tuple[Stack, ...]
+    base: str
+    prefix: str
 
 
-def _tensor_parallel() -> dict[str, Any]:
-    """What ``from_pretrained`` of this version of transformers has to be told, to spread a model by its own plan."""
+def spread_training(model: PreTrainedModel, saved: Saved, inputs: Inputs) -> tuple[torch.Tensor, Inputs, torch.Tensor]:
+    """Train a prefix a step on a model that tensor parallel has spread: outputs and gradients before, outputs after."""
+    spread = _loaded(model, saved)
+    trained = {name: value for name, value in spread.named_parameters() if value.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), lr=0.1)
+    found = numbers_of(spread(**inputs))
+    loss_of(found).backward()
+    gradients = {name: _whole(value.grad) for name, value in trained.items() if value.grad is not None}
+    optimizer.step()
+    prefixkit.save(spread, saved.prefix)
+    torch.distributed.barrier()
+    return found.detach(), gradients, outputs(spread, inputs)
+
+
+def spread_generation(model: PreTrainedModel, saved: Saved, inputs: Inputs, settings: dict[str, Any]) -> torch.Tensor:
+    """Tokens that a model generates with a prefix, spread by tensor parallel."""
+    tokens: torch.Tensor = _loaded(model, saved).generate(**inputs, **settings)  # type: ignore[operator]
+    return tokens
+
+
+def spread_start(model: PreTrainedModel, stated: tuple[Stack, ...], base: str, **options: Any) -> Inputs:
+    """What a prefix starts with that is applied to a spread model, on processes with random numbers of their own."""
+    spread = spread_by_plan(model, base)
+    torch.manual_seed(torch.distributed.get_rank())
+    _apply(spread, stated, **options)
+    return {name: value.detach().clone() for name, value in spread.named_parameters() if value.requires_grad}
+
+
+def spread_by_plan(model: PreTrainedModel, base: str) -> PreTrainedModel:
+    """The model that is saved at ``base``, spread over the processes by its own plan."""
     from transformers.distributed.configuration_utils import DistributedConfig
 
     settings: dict[str, Any] = {"tp_size": PROCESSES, "tp_plan": "auto"}
-    if "tp_size" not in signature(DistributedConfig).parameters:
-        return settings
-    return {"distributed_config": DistributedConfig(**settings)}
+    if "tp_size" in signature(DistributedConfig).parameters:
+        settings = {"distributed_config": DistributedConfig(**settings)}
+    spread: PreTrainedModel = type(model).from_pretrained(base, **settings)
+    spread.train(model.training)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        spread.generation_config = generation
+    return spread
 
 
-def tensor_parallel_after(model: PreTrainedModel, inputs: Inputs) -> None:
-    """Train a model with a prefix whose heads were spread afterwards."""
-    _spread(model, prefixkit.sites(model))
-    loss_of(numbers_of(model(**inputs))).backward()
+def _loaded(model: PreTrainedModel, saved: Saved) -> PreTrainedModel:
+    spread = spread_by_plan(model, saved.base)
+    return prefixkit.load(spread, saved.prefix, trainable=True, adapter=_adapter(spread, saved.stacks))
 
 
 @dataclass(frozen=True)
@@ -117,21 +149,11 @@ class Stated:
 
 
 def _apply(model: PreTrainedModel, stated: tuple[Stack, ...], **options: Any) -> None:
-    adapter = Adapter(model_types=(model.config.model_type,), stacks=Stated(stated))
-    prefixkit.apply(model, adapter=adapter, **options)
+    prefixkit.apply(model, adapter=_adapter(model, stated), **options)
 
 
-def _spread(model: nn.Module, sites: list[Site]) -> None:
-    """Spread the weights of the attention at ``sites`` over the processes."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (PROCESSES,))
-    for site in sites:
-        for module in model.get_submodule(site.path).modules():
-            for name, weight in list(module.named_parameters(recurse=False)):
-                spread = distribute_tensor(weight.detach(), mesh, [Shard(0)])
-                setattr(module, name, nn.Parameter(spread, requires_grad=False))
+def _adapter(model: PreTrainedModel, stated: tuple[Stack, ...]) -> Adapter:
+    return Adapter(model_types=(model.config.model_type,), stacks=Stated(stated))
 
 
 def layers_of(model: nn.Module) -> list[str]:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from prefixkit.testing.jobs import PROCESSES
 from prefixkit.testing.recording import is_on_interface, recorded_calls, uncompiled, window_inside
-from prefixkit.transformers_internals import attention_implementation_of, cache_in
+from prefixkit.transformers_internals import attention_implementation_of, cache_in, spreads_visibly
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +44,7 @@ class Traits:
         position_ids: Its ``forward`` takes ``position_ids``.
         first_position: The id of the first token's position; not 0 where ids count reserved rows.
         checkpoints: It can checkpoint its layers.
+        spreads: transformers has a tensor-parallel plan for it, which two processes can follow.
         accelerated: It runs on an accelerator, where caches can be offloaded from.
         implementations: The attention implementations that it runs with, bare, and with the same outputs.
     """
@@ -58,6 +60,7 @@ class Traits:
     position_ids: bool
     first_position: int
     checkpoints: bool
+    spreads: bool
     accelerated: bool
     implementations: tuple[str, ...]
 
@@ -131,6 +134,7 @@ def traits_of(subject: Subject, *, accelerated: bool) -> Traits:
         position_ids="position_ids" in signature(model.forward).parameters,
         first_position=_first_position(subject, model),
         checkpoints=bool(model.supports_gradient_checkpointing),
+        spreads=_spreads(model),
         accelerated=accelerated,
         implementations=tuple(name for name in IMPLEMENTATIONS if _runs(subject, name)) if on_interface else (own,),
     )
@@ -145,6 +149,14 @@ def _keeps(subject: Subject, model: PreTrainedModel, calls: list[AttentionCall])
     kept = [getattr(layer, "keys", None) for layer in getattr(cache, "layers", ())]
     shapes = [None if key is None else (key.shape[1], key.shape[3]) for key in kept]
     return shapes == [(call.key.shape[1], call.key.shape[3]) for call in calls]
+
+
+def _spreads(model: PreTrainedModel) -> bool:
+    """Whether there is a plan, of a version of transformers that leaves the weights visibly spread, and even heads."""
+    config = model.config.get_text_config()
+    heads = [getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
+    even = all(heads is None or heads % PROCESSES == 0 for heads in heads)
+    return spreads_visibly() and bool(model.supports_tp_plan) and getattr(model, "tp_plan", None) != {} and even
 
 
 def _first_position(subject: Subject, model: PreTrainedModel) -> int:

@@ -61,7 +61,7 @@ def write(
         _check_vocabulary(placeholders, config.vocab_size)
     words = [] if placeholders is not None else _words(model, tokenizer)
     pieces = write_prefix(model, folder)
-    if not attachment.writes():
+    if not attachment.writes(model):
         return
     description = Description(
         model_type=config.model_type,

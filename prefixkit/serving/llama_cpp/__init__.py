@@ -101,7 +101,7 @@ def write(
         "streams": streams,
         "files": {file_name: hashlib.sha256(content).hexdigest() for file_name, content in contents.items()},
     }
-    if attachment.writes():
+    if attachment.writes(model):
         folder.mkdir(parents=True, exist_ok=True)
         for file_name, content in contents.items():
             replace_file(folder / file_name, content)
