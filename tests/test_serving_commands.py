@@ -141,6 +141,14 @@ def test_an_option_of_another_target_is_refused(arguments, says, places, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_options_of_vllm_are_an_object(places, tmp_path, capsys):
+    base, prefix = places
+    for wrong in ("dtype=float32", "[1]"):
+        code, _, err = command(capsys, "verify", prefix, tmp_path, TEXT, "--base", base, "--engine", wrong)
+        assert code == 1
+        assert err[-1].startswith(f"prefixkit: error: argument --engine: {wrong!r} is not a JSON object, such as '{{")
+
+
 def test_a_target_in_a_package_that_is_missing(places, tmp_path, capsys, monkeypatch):
     base, prefix = places
     monkeypatch.setitem(TARGETS, "kv", Target("no_such_package.part", distribution="prefixkit-such"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
@@ -168,6 +169,7 @@ def _verify(commands: Commands) -> None:
     _add_base(made)
     _add_gguf(made)
     made.add_argument("--python", type=_path, metavar="FILE", help="with vllm: of the environment that has vLLM")
+    made.add_argument("--engine", type=_json, metavar="JSON", help="with vllm: further options of vllm.LLM, an object")
     made.add_argument("--server", metavar="URL", help="with llama.cpp: a running llama-server, in place of --gguf")
     made.add_argument("--max-new-tokens", type=_count, default=16, metavar="N", help="(16)")
     _add_revision(made, "SRC")
@@ -227,6 +229,15 @@ def _place(text: str) -> str:
 def _path(text: str) -> Path:
     """A path."""
     return Path(_place(text))
+
+
+def _json(text: str) -> dict[str, object]:
+    """A JSON object."""
+    with contextlib.suppress(ValueError):
+        found = json.loads(text)
+        if isinstance(found, dict):
+            return found
+    raise argparse.ArgumentTypeError(f'{text!r} is not a JSON object, such as \'{{"dtype": "float32"}}\'')
 
 
 def _count(text: str) -> int:

@@ -24,6 +24,7 @@ def run(options: argparse.Namespace) -> None:
     model, tokenizer = having(base, lambda: load_base(base))
     load(model, source)
     model.eval()
+    settings |= settings.pop("engine", {})
     if "base" in target.of_the_base:
         settings["base"] = base
     for text in options.texts:

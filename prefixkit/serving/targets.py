@@ -80,7 +80,7 @@ TARGETS = {
     "vllm": Target(
         "prefixkit_vllm",
         mark="vllm.json",
-        run_options=("python",),
+        run_options=("python", "engine"),
         reads_weights=False,
         of_the_base=("tokenizer", "base"),
         distribution="prefixkit-vllm",
