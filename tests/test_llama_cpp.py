@@ -352,7 +352,7 @@ def test_llama_cpp_says_what_the_model_says(llama, name, layout, tmp_path):
     path = to_gguf.convert(model, tmp_path / "base.gguf", permute=name.startswith("llama"))
     target.write(model, tmp_path / "out", gguf=path)
     verdict = verified(model, path, tmp_path / "out", dtype=layout.dtype, flash=layout.flash)
-    assert verdict.target == "llama.cpp"
+    assert verdict.target == f"llama.cpp ({layout.file})"
     assert verdict.tokens == NEW
     if layout.dtype == "f32":
         assert verdict.equal == NEW

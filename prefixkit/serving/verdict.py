@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from prefixkit.errors import UnsupportedModelError, VerificationError
+from prefixkit.errors import ConfigError, UnsupportedModelError, VerificationError
 from prefixkit.lifecycle import disabled
 
 if TYPE_CHECKING:
@@ -129,8 +129,11 @@ def answers_of(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int) -
     """What ``model`` says with its prefix, and without.
 
     Raises:
-        UnsupportedModelError: If it writes no text.
+        ConfigError: If the prompt is empty.
+        UnsupportedModelError: If the model writes no text.
     """
+    if not prompt:
+        raise ConfigError("the prompt is empty; pass one that shows what the prefix does")
     if not model.can_generate():
         raise UnsupportedModelError(
             f"{type(model).__name__} writes no text, and what serves a prefix is compared token by token"
