@@ -45,10 +45,13 @@ Edge = tuple[Node, int]
 """A tensor there: the node that made it, and which of its results it is."""
 SHOWN = 4
 """So many names in a message; there may be hundreds."""
+FEW = 4
+"""So many calls of a stack are watched at a time."""
 REASONS = (
     "Usual reasons: a quantised base without a backward pass (torchao with dynamic activations), or one that has lost "
     "it in a forward pass in eval mode (bitsandbytes nf4 on CPUs with AVX512-BF16: load the base anew, and evaluate "
-    "another copy); detach() or torch.no_grad() inside the base. docs/how-to/low-memory.md lists bases that train"
+    "another copy); detach() or torch.no_grad() inside the base; a layer whose output is thrown away at random, "
+    "which a layerdrop above 0 in the model's config would say. docs/how-to/low-memory.md lists bases that train"
 )
 
 
@@ -59,10 +62,22 @@ class GradientCheck:
     Attributes:
         due: Whether the next forward pass that records a graph is to be watched.
         modes: Whether each stack was in training mode in the last such pass, by its path.
+        waiting: Watched calls that no backward pass has gone through yet, each with the key of its stack's state.
     """
 
     due: bool = True
     modes: dict[str, bool] = field(default_factory=dict)
+    waiting: list[tuple[str, weakref.ref[Watch]]] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no calls that wait."""
+        return {**vars(self), "waiting": []}
+
+    def waits(self, key: str) -> int:
+        """How many watched calls of the stack with the state ``key`` have not been looked at, and still may be."""
+        watches = ((key, one, one()) for key, one in self.waiting)
+        self.waiting = [(key, one) for key, one, watch in watches if watch is not None and not watch.judged]
+        return sum(stack == key for stack, _ in self.waiting)
 
     def sees(self, path: str, module: nn.Module) -> bool:
         """Whether to watch the call of the stack at ``path`` that begins now."""
@@ -105,6 +120,7 @@ class Watch:
         self.edges: list[Edge] = [_edge(tensor) for _, tensor in tensors]
         self.asked: set[str] = set()
         self.cut: int = 0
+        self.judged = False
         self.tasks: dict[int, tuple[int, int]] = {}
         # What hangs on the tensors must not hold their nodes: such a circle is never freed.
         self.arrived: set[int] = set()
@@ -122,7 +138,7 @@ class Watch:
         reached = self.anchor(tensors)
         if tensors and taken and training and not any(tensor.requires_grad for tensor in tensors):
             raise self._cut(taken)
-        self.cut = taken & ~reached
+        self.cut = taken & ~reached if tensors else 0  # what it gave may be of a kind that nobody looks into
 
     def anchor(self, tensors: Iterable[torch.Tensor]) -> int:
         """Look at the backward passes that go through ``tensors``; the set from which a way leads to one of them."""
@@ -155,6 +171,7 @@ class Watch:
             EngineError: If a tensor got no gradient, and should have.
         """
         behind, runs = self.tasks.pop(task)
+        self.judged = True
         if self.cut:
             raise self._cut(self.cut)
         due = behind & runs
@@ -242,7 +259,13 @@ _model: ContextVar[list[Watch] | None] = ContextVar("prefixkit_watched_model", d
 def begin(
     check: GradientCheck, key: str, served: Attachment | Mixture, state: PrefixState | None, module: nn.Module
 ) -> None:
-    """Watch the call of a stack from here on, if anything of its prefix trains."""
+    """Watch the call of a stack from here on, if anything of its prefix trains.
+
+    A few calls that wait for their backward pass are enough: where calls build on one another, as token by token on
+    a cache, each would walk through the graphs of all before it.
+    """
+    if check.waits(key) >= FEW:
+        return
     used = [served] if isinstance(served, Attachment) else list(served.used.values())
     parameters = [
         (repr(f"{MODULE}.{one.config.name}.{name}"), value)
@@ -259,6 +282,7 @@ def begin(
     watch = Watch(check, tensors, places, internals.quantised_by(module))
     if state is not None and state.witness is not None:
         watch.asked = state.witness.asked
+    check.waiting.append((key, weakref.ref(watch)))
     _stacks.set({**_stacks.get(), key: watch})
 
 

@@ -44,7 +44,8 @@ class Heads:
         if self.mesh is None:
             return parts
         if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
-            parts = SharedGradient.apply(self.mesh.get_group(), *parts)  # type: ignore[no-untyped-call]
+            # One by one: of a loss on attention maps, values have no part, and no gradient that could be missed.
+            parts = tuple(SharedGradient.apply(self.mesh.get_group(), part) for part in parts)  # type: ignore[no-untyped-call]
         return tuple(part.narrow(dim, self.first, self.count) for part in parts)
 
     def gathered(self, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -59,31 +60,23 @@ ALL = Heads()
 
 
 class SharedGradient(torch.autograd.Function):
-    """Tensors as they are; in the backward pass the gradients of all processes, added up."""
+    """A tensor as it is; in the backward pass the gradients of all processes, added up."""
 
     @staticmethod
-    def forward(ctx: Any, group: Any, *parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, group: Any, part: torch.Tensor) -> torch.Tensor:
         """The same numbers."""
         ctx.group = group
         ctx.set_materialize_grads(False)  # a gradient that is missing is no zero, and somebody looks for it
-        return tuple(part.view_as(part) for part in parts)
+        return part.view_as(part)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        """One exchange for all of them."""
-        there = [grad for grad in grads if grad is not None]
-        if not there:
-            return None, *grads
-        summed = iter(_summed(there, ctx.group))
-        return None, *(None if grad is None else next(summed) for grad in grads)
-
-
-def _summed(grads: list[torch.Tensor], group: Any) -> list[torch.Tensor]:
-    """Each gradient added up over the processes."""
-    joined = torch.cat([grad.reshape(-1) for grad in grads])
-    torch.distributed.all_reduce(joined, group=group)
-    parts = joined.split([grad.numel() for grad in grads])
-    return [part.view(grad.shape) for part, grad in zip(parts, grads, strict=True)]
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[Any, ...]:
+        """The sum."""
+        if grad is None:
+            return None, None
+        summed = grad.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(summed, group=ctx.group)
+        return None, summed
 
 
 class Gathered(torch.autograd.Function):

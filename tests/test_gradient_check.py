@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import tiny
@@ -14,7 +15,7 @@ from transformers import LlamaForSequenceClassification
 from versions import since
 
 import prefixkit
-from prefixkit import gradient_check
+from prefixkit import attention_engine, gradient_check, prefix_state, tensor_parallel
 from prefixkit.errors import EngineError
 from prefixkit.prefixes import require
 from prefixkit.testing.subject import enable_checkpointing
@@ -386,3 +387,71 @@ def test_the_message_names_the_quantiser():
     model.config.quantization_config = {"quant_method": "some-bits"}
     with pytest.raises(EngineError, match=r"gives none back \(the base is quantised by some-bits\)\. Usual reasons: "):
         step(with_prefix(model, init="random"))
+
+
+# What a tester came upon
+
+
+@dataclass
+class Odd:
+    """What a stack of somebody's own gives."""
+
+    last_hidden_state: torch.Tensor
+    past_key_values: object = None
+    hidden_states: object = None
+    attentions: object = None
+
+
+def test_a_stack_may_give_what_nobody_looks_into():
+    model = with_prefix()
+    own = model.model.forward
+    model.model.forward = lambda *args, **kwargs: Odd(own(*args, **kwargs).last_hidden_state)
+    step(model)
+    assert all(value.grad is not None for value in model.prefixkit.parameters())
+
+
+def test_a_layer_that_is_thrown_away_at_random_is_told_by_the_config():
+    model = with_prefix()
+    model.model.layers[1].register_forward_hook(lambda module, args, output: args[0])
+    with pytest.raises(EngineError, match=f"^{CUT} the prefix of 'model.layers.1.self_attn'.* a layerdrop above 0"):
+        step(model)
+    model.config.layerdrop = 0.5
+    step(model)
+
+
+def test_of_calls_that_build_on_one_another_a_few_are_watched(monkeypatch):
+    """Each would walk through the graphs of all before it."""
+    walks = []
+    reached = gradient_check._reached
+    monkeypatch.setattr(gradient_check, "_reached", lambda root, *more: walks.append(root) or reached(root, *more))
+    model, past, losses = with_prefix(), None, []
+    for _ in range(9):
+        output = model(tiny.tokens(1, 1), past_key_values=past, use_cache=True)
+        past = output.past_key_values
+        losses.append(output.logits.sum())
+    assert len(walks) == 2 * gradient_check.FEW  # what the stack gave, and the model
+    torch.stack(losses).sum().backward()
+    assert not due(model)
+    assert not require(model).check.waits("")
+    assert require(model).check.waiting == []
+
+
+def test_heads_that_are_shared_and_a_loss_on_attention_maps(monkeypatch):
+    """The last layer's values have no part in it."""
+
+    class Mesh:
+        def get_group(self):
+            return None
+
+        def size(self):
+            return 1
+
+    def spread(module, site, key, value, query=None):
+        return tensor_parallel.Heads(0, site.kv_heads, site.kv_heads, Mesh())
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: None)
+    for module in (prefix_state, attention_engine):
+        monkeypatch.setattr(module, "heads_here", spread)
+    model = with_prefix(tiny.make("llama", attention="eager"))
+    model(**tiny.inputs(model), output_attentions=True).attentions[-1].pow(2).sum().backward()
+    assert not due(model)
