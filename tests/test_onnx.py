@@ -168,3 +168,9 @@ def test_the_page_on_encoders(tmp_path, capsys):
         {"torch": torch, "np": np, "onnx": onnx, "prefixkit": prefixkit, "folder": tmp_path},
     )
     assert capsys.readouterr().out.endswith(printed)
+
+
+def test_a_damaged_graph(tmp_path):
+    (tmp_path / onnx.BARE).write_bytes(b"junk")
+    with pytest.raises(prefixkit.CheckpointError, match="model.onnx' is damaged or no graph of ONNX"):
+        onnx.session_of(tmp_path / onnx.BARE)

@@ -201,3 +201,23 @@ def test_the_model_with_its_prefix_is_a_graph(make):
                 bare = model(input_ids=ids, attention_mask=mask).logits
             torch.testing.assert_close(program(ids, mask), expected, atol=1e-5, rtol=0)
             assert float((bare - expected).abs().max()) > 0.01
+
+
+def test_what_does_not_fit_and_what_is_damaged(written):
+    model, folder = written
+    with pytest.raises(
+        prefixkit.ConfigError, match=f"has {PLACES} places, and 5 virtual tokens, 4 of the prompt and 40 "
+    ):
+        pt2.verify(model, folder, PROMPT, 40)
+    assert pt2.verify(model, folder, PROMPT, PLACES - TOKENS - len(PROMPT)).equal
+    (folder / pt2.GRAPH).write_bytes(b"junk")
+    with pytest.raises(prefixkit.CheckpointError, match="model.pt2' is damaged or no program of torch.export"):
+        pt2.verify(model, folder, PROMPT, NEW)
+
+
+def test_a_graph_that_cannot_be_made_leaves_nothing(tmp_path, monkeypatch):
+    model = with_prefix("llama")
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: pytest.fail("no"))
+    with pytest.raises(pytest.fail.Exception):
+        pt2.write(model, tmp_path / "out", max_cache_len=PLACES)
+    assert not (tmp_path / "out").exists()

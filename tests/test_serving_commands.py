@@ -19,7 +19,7 @@ import prefixkit
 from prefixkit import cli
 from prefixkit.exporting import HEADER
 from prefixkit.serving import keys_and_values as kv
-from prefixkit.serving.prefix_file import PREFIX, write_prefix
+from prefixkit.serving.prefix_file import PREFIX, read_prefix, write_prefix
 from prefixkit.serving.targets import TARGETS, Target
 from prefixkit.testing.subject import strengthen
 
@@ -244,8 +244,10 @@ def test_what_the_bare_model_cannot_run(tmp_path):
         kv.verify(other, file, PROMPT, NEW)
     t5 = with_prefix(tiny.make("t5"))
     prefixkit.export(t5, file)
-    with pytest.raises(prefixkit.CheckpointError, match="has more than a decoder's prefix"):
+    with pytest.raises(prefixkit.UnsupportedModelError, match="^T5ForConditionalGeneration attends to an encoder; "):
         kv.verify(t5, file, PROMPT, NEW)
+    with pytest.raises(prefixkit.CheckpointError, match="has more than a decoder's prefix"):
+        read_prefix(file)
 
 
 def test_a_graph_has_the_head_of_the_base(tmp_path):
@@ -253,3 +255,27 @@ def test_a_graph_has_the_head_of_the_base(tmp_path):
     with pytest.raises(prefixkit.EngineError, match=r"the head \(lm_head\) trained with the prefix, and the graph has"):
         write_prefix(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_the_base_is_left_alone(places, capsys):
+    base, prefix = places
+    before = sorted(file.name for file in base.iterdir())
+    code, out, err = command(capsys, "export", prefix, base, "--to", "vllm", "--overwrite", "--base", base)
+    assert (code, out) == (1, [])
+    assert err[-1].endswith("is where the base comes from; name another place")
+    assert sorted(file.name for file in base.iterdir()) == before
+
+
+def test_only_what_was_written_is_told(places, tmp_path, capsys):
+    base, prefix = places
+    (tmp_path / "notes.txt").write_text("mine")
+    _, out, _ = command(capsys, "export", prefix, tmp_path, "--to", "vllm", "--overwrite", "--base", base)
+    assert f"wrote {tmp_path}/prefix.safetensors, {tmp_path}/vllm.json (" in out[0]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_text_without_a_token(places, tmp_path):
+    model = with_prefix(tiny.make("llama"))
+    prefixkit.export(model, tmp_path / PREFIX)
+    with pytest.raises(prefixkit.ConfigError, match="the prompt is empty"):
+        kv.verify(model, tmp_path / PREFIX, [], NEW)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from prefixkit.checkpoint import save
 from prefixkit.cli.output import check_folder, check_own_folder, refuse_source
 from prefixkit.cli.saved import saved_prefix
-from prefixkit.cli.with_prefix import reads_with_the_base, report, with_base_weights, without_base_weights
+from prefixkit.cli.with_prefix import reads_with_the_base, report, stamps, with_base_weights, without_base_weights
 from prefixkit.cli.wrong import CommandError
 from prefixkit.formats.peft_export import head_of_the_base
 from prefixkit.lifecycle import fold
@@ -26,8 +26,9 @@ def run(options: argparse.Namespace) -> None:
     model = _with_prefix(source, options)
     if options.fold:
         fold(model)
+    before = stamps(options.target)
     save(model, options.target, format=options.to)
-    print(report(model, options.target))
+    print(report(model, options.target, before))
 
 
 def _check_target(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from prefixkit.cli.bases import tokenizer_of
 from prefixkit.cli.output import check_file, check_folder, refuse_source
 from prefixkit.cli.saved import base_of, saved_prefix
-from prefixkit.cli.with_prefix import reads_with_the_base, report, with_base_weights, without_base_weights
+from prefixkit.cli.with_prefix import reads_with_the_base, report, stamps, with_base_weights, without_base_weights
 from prefixkit.cli.wrong import CommandError
 from prefixkit.serving.targets import TARGETS, Target
 
@@ -28,11 +28,13 @@ def run(options: argparse.Namespace) -> None:
     check(options.target, "DST", overwrite=options.overwrite)
     serving = target.serving()
     source = saved_prefix(options.source, options.revision)
+    refuse_source(options.target, Path(base_of(source, options.base)), "the base")
     model = _with_prefix(source, options, target)
     if "tokenizer" in target.of_the_base:
         settings["tokenizer"] = tokenizer_of(base_of(source, options.base))
+    before = stamps(options.target)
     serving.write(model, options.target, **settings)
-    print(report(model, options.target))
+    print(report(model, options.target, before))
 
 
 def chosen(options: argparse.Namespace, name: str, wanted: tuple[str, ...]) -> dict[str, Any]:

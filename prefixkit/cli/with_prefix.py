@@ -41,10 +41,16 @@ def reads_with_the_base(model: PreTrainedModel) -> bool:
     return require(model).attachment.gives == EMBEDDINGS
 
 
-def report(model: PreTrainedModel, target: Path) -> str:
-    """What was written to ``target``."""
+def stamps(target: Path) -> dict[Path, int]:
+    """The files of ``target``, or it itself, and when they were written."""
+    files = sorted(target.iterdir()) if target.is_dir() else [target]
+    return {file: file.stat().st_mtime_ns for file in files if file.is_file()}
+
+
+def report(model: PreTrainedModel, target: Path, before: dict[Path, int]) -> str:
+    """What was written to ``target`` since its files were those of ``before``."""
     what = config(model)
-    files = [target] if target.is_file() else sorted(target.iterdir())
+    files = [file for file, stamp in stamps(target).items() if before.get(file) != stamp]
     size = sum(file.stat().st_size for file in files)
     return (
         f"{what.method}, {what.num_virtual_tokens} virtual tokens for {what.model_type}: "

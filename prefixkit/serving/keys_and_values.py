@@ -64,8 +64,8 @@ def verify(model: PreTrainedModel, file: Path, prompt: Sequence[int], new_tokens
         check_cacheable(attachment)
     except EngineError as error:
         raise EngineError(f"the bare model cannot run this file: {without_the_other(error)}") from error
-    theirs = answers(model, file, prompt, new_tokens)
-    return judge(name, answers_of(model, prompt, new_tokens), theirs)
+    ours = answers_of(model, prompt, new_tokens)
+    return judge(name, ours, answers(model, file, prompt, new_tokens))
 
 
 def runs(_: Path, **__: Any) -> list[dict[str, Any]]:

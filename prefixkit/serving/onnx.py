@@ -18,9 +18,9 @@ from torch import nn
 
 from prefixkit import transformers_internals as internals
 from prefixkit.as_it_was import as_it_was
-from prefixkit.errors import EngineError
+from prefixkit.errors import CheckpointError, EngineError
 from prefixkit.lifecycle import disabled
-from prefixkit.serving.prefix_file import PREFIX, Pairs, needed, read_prefix, write_prefix
+from prefixkit.serving.prefix_file import PREFIX, Pairs, needed, prefix_of, read_prefix, write_prefix
 from prefixkit.serving.verdict import Answer, Verdict, answers_of, ends_of, greedy, judge
 
 if TYPE_CHECKING:
@@ -61,10 +61,13 @@ def write(model: PreTrainedModel, folder: Path, *, baked: bool = False) -> None:
     if model.dtype not in (torch.float32, torch.float16):
         raise EngineError(f"onnxruntime does not run a decoder in {model.dtype} on a CPU; call model.float() first")
     folder = Path(folder)
-    pairs = write_prefix(model, folder)
-    _write_graph(model, Step(model, []), pairs, folder / BARE)
+    pairs = prefix_of(model)
+    programs = {BARE: _graph(model, Step(model, []), pairs)}
     if baked:
-        _write_graph(model, Step(model, pairs), pairs, folder / BAKED)
+        programs[BAKED] = _graph(model, Step(model, pairs), pairs)
+    write_prefix(model, folder)  # now that nothing else can fail
+    for file, program in programs.items():
+        program.save(folder / file)
 
 
 def answers(
@@ -95,8 +98,9 @@ def verify(
     Raises:
         VerificationError: If it does not.
     """
+    ours = answers_of(model, prompt, new_tokens)
     theirs = answers(folder, prompt, new_tokens, baked=baked, never=ends_of(model))
-    return judge(f"{name} ({BAKED if baked else BARE})", answers_of(model, prompt, new_tokens), theirs)
+    return judge(f"{name} ({BAKED if baked else BARE})", ours, theirs)
 
 
 def runs(folder: Path, **_: Any) -> list[dict[str, Any]]:
@@ -146,7 +150,7 @@ def positions(attention_mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Te
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
 
 
-def _write_graph(model: PreTrainedModel, step: Step, pairs: Pairs, file: Path) -> None:
+def _graph(model: PreTrainedModel, step: Step, pairs: Pairs) -> Any:
     parts = [part for pair in pairs for part in pair]
     past = [part.new_zeros(BATCH, part.shape[1], PAST, part.shape[3]) for part in parts]
     ids = torch.ones(BATCH, LENGTH, dtype=torch.long, device=model.device)
@@ -163,7 +167,7 @@ def _write_graph(model: PreTrainedModel, step: Step, pairs: Pairs, file: Path) -
             output_names=["logits", *_names("present", len(past))],
             verbose=False,
         )
-        program.save(file)
+    return program
 
 
 class _quiet(warnings.catch_warnings):  # noqa: N801 - reads as what it does
@@ -180,8 +184,18 @@ def _names(stem: str, number: int) -> list[str]:
 
 
 def session_of(file: Path) -> Any:
-    """An onnxruntime session on the CPU."""
-    return needed("onnxruntime", "onnx").InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    """An onnxruntime session on the CPU.
+
+    Raises:
+        CheckpointError: If the file is damaged.
+        EngineError: If onnxruntime is not installed.
+    """
+    start = needed("onnxruntime", "onnx").InferenceSession
+    try:
+        return start(str(file), providers=["CPUExecutionProvider"])
+    # It may be damaged in many ways, and onnxruntime has an error for each.
+    except Exception as error:
+        raise CheckpointError(f"{str(file)!r} is damaged or no graph of ONNX: {error}") from error
 
 
 def first_past(session: Any, prefix: Pairs | None, rows: int = 1) -> dict[str, np.ndarray[Any, Any]]:

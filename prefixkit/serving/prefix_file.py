@@ -53,8 +53,8 @@ def check_head(attachment: Attachment, program: str) -> None:
         )
 
 
-def write_prefix(model: PreTrainedModel, folder: Path) -> Pairs:
-    """Write the prefix of a decoder-only ``model`` into ``folder``, in the model's dtype.
+def prefix_of(model: PreTrainedModel) -> Pairs:
+    """The prefix of a decoder-only ``model``, with keys for a text that starts behind it.
 
     Raises:
         AttachmentError: If the model has no prefix.
@@ -68,9 +68,19 @@ def write_prefix(model: PreTrainedModel, folder: Path) -> Pairs:
             f"{type(model).__name__} attends to an encoder, and a graph is written of decoder-only models; hand over "
             "its keys and values with prefixkit.export, or its cache with prefixkit.to_cache"
         )
+    return [(key, value) for key, value in pairs]
+
+
+def write_prefix(model: PreTrainedModel, folder: Path) -> Pairs:
+    """Write the prefix of a decoder-only ``model`` into ``folder``, in the model's dtype.
+
+    Raises:
+        CheckpointError: If that would replace a checkpoint; and as :func:`prefix_of`.
+    """
+    pairs = prefix_of(model)
     folder.mkdir(parents=True, exist_ok=True)
     export(model, folder / PREFIX, positions="shift", dtype=pairs[0][0].dtype)
-    return [(key, value) for key, value in pairs]
+    return pairs
 
 
 def read_prefix(file: Path) -> Pairs:

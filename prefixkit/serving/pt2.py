@@ -17,7 +17,7 @@ from prefixkit.as_it_was import as_it_was
 from prefixkit.errors import CheckpointError, ConfigError, EngineError
 from prefixkit.lifecycle import disabled
 from prefixkit.prefixes import require
-from prefixkit.serving.prefix_file import PREFIX, Pairs, read_prefix, write_prefix
+from prefixkit.serving.prefix_file import PREFIX, Pairs, prefix_of, read_prefix, write_prefix
 from prefixkit.serving.verdict import Answer, Verdict, answers_of, ends_of, greedy, judge
 
 if TYPE_CHECKING:
@@ -58,12 +58,13 @@ def write(model: PreTrainedModel, folder: Path, *, max_cache_len: int = 512) -> 
             f"{tokens + 1} or more"
         )
     folder = Path(folder)
-    step = Step(model, write_prefix(model, folder), max_cache_len)
+    step = Step(model, prefix_of(model), max_cache_len)
     ids = torch.ones(1, LENGTH, dtype=torch.long, device=model.device)
     # Nothing of a call may stay in the model, or in the buffers, that the graph starts with.
     with disabled(model), as_it_was(step), internals.uncompiled_attention(model), torch.no_grad():
         sizes = ({1: torch.export.Dim.DYNAMIC},)
         program = torch.export.export(step, (ids,), dynamic_shapes=sizes, strict=False)
+    write_prefix(model, folder)  # now that nothing else can fail
     torch.export.save(program, folder / GRAPH)
 
 
@@ -111,12 +112,20 @@ class Program:
 
     Args:
         file: What :func:`write` wrote.
+
+    Raises:
+        CheckpointError: If it is damaged.
     """
 
     def __init__(self, file: Path) -> None:
-        self.module = torch.export.load(file).module()
+        try:
+            self.module = torch.export.load(file).module()
+        # It may be damaged in many ways, and torch has an error for each.
+        except Exception as error:
+            raise CheckpointError(f"{str(file)!r} is damaged or no program of torch.export: {error}") from error
         self.buffers = dict(self.module.named_buffers())
         self.layers = sum(place.startswith("held_") for place in self.buffers)
+        self.places: int = self.buffers["key_0"].shape[2]
 
     def start(self, prefix: Pairs | None) -> None:
         """Begin a text behind ``prefix``, or behind nothing.
@@ -160,9 +169,20 @@ def answers(
         prompt: Token ids.
         new_tokens: How many are asked for.
         never: Tokens that are not chosen, such as the one that ends a text.
+
+    Raises:
+        CheckpointError: If what was written is damaged.
+        ConfigError: If the text does not fit into the graph's cache.
     """
-    program = Program(Path(folder) / GRAPH)
-    with_prefix = ask(program, read_prefix(Path(folder) / PREFIX), prompt, new_tokens, never)
+    program, prefix = Program(Path(folder) / GRAPH), read_prefix(Path(folder) / PREFIX)
+    tokens = prefix[0][0].shape[2]
+    needed = tokens + len(prompt) + new_tokens
+    if needed > program.places:
+        raise ConfigError(
+            f"the graph has {program.places} places, and {tokens} virtual tokens, {len(prompt)} of the prompt and "
+            f"{new_tokens} new ones need {needed}; ask for fewer, or write it with a larger max_cache_len"
+        )
+    with_prefix = ask(program, prefix, prompt, new_tokens, never)
     return with_prefix, ask(program, None, prompt, new_tokens, never)
 
 
@@ -172,8 +192,8 @@ def verify(model: PreTrainedModel, folder: Path, prompt: Sequence[int], new_toke
     Raises:
         VerificationError: If it does not.
     """
-    theirs = answers(folder, prompt, new_tokens, never=ends_of(model))
-    return judge(name, answers_of(model, prompt, new_tokens), theirs)
+    ours = answers_of(model, prompt, new_tokens)
+    return judge(name, ours, answers(folder, prompt, new_tokens, never=ends_of(model)))
 
 
 def runs(_: Path, **__: Any) -> list[dict[str, Any]]:

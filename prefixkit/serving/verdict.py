@@ -130,14 +130,13 @@ def answers_of(model: PreTrainedModel, prompt: Sequence[int], new_tokens: int) -
 
     Raises:
         ConfigError: If the prompt is empty.
-        UnsupportedModelError: If the model writes no text.
+        UnsupportedModelError: If the model is no decoder-only one that writes text.
     """
     if not prompt:
         raise ConfigError("the prompt is empty; pass one that shows what the prefix does")
-    if not model.can_generate():
-        raise UnsupportedModelError(
-            f"{type(model).__name__} writes no text, and what serves a prefix is compared token by token"
-        )
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        what = "writes no text" if not model.can_generate() else "attends to an encoder"
+        raise UnsupportedModelError(f"{type(model).__name__} {what}; what serves a decoder-only model is compared here")
     with_prefix = answer_of(model, prompt, new_tokens)
     with disabled(model):
         return with_prefix, answer_of(model, prompt, new_tokens)

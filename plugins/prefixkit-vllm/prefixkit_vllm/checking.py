@@ -80,8 +80,9 @@ def verify(
         VerificationError: If it does not.
     """
     engine = {"dtype": str(model.dtype).removeprefix("torch."), **engine}
+    ours = answers_of(model, prompt, new_tokens)
     theirs = answers(folder, prompt, new_tokens, base=base, never=ends_of(model), python=python, **engine)
-    return judge(name, answers_of(model, prompt, new_tokens), theirs)
+    return judge(name, ours, theirs)
 
 
 def runs(_: Path, **__: Any) -> list[dict[str, Any]]:
