@@ -140,7 +140,19 @@ ENCODER_TASKS = {"snips-intents": 13084, "snips-slots": 13084, "wnut17": 3394}
 
 def mlp_encoder(seeds: Sequence[int]) -> Planned:
     """A flat prefix against one that an MLP makes, on SNIPS with the small BERT."""
-    mlp = arms.prefix("prefix-tuning")
+    mlp, (rate,) = arms.prefix("prefix-tuning"), RECOMMENDED_MLP
+    for seed in seeds:
+        own = Run(
+            study="mlp-encoder",
+            task="snips-slots",
+            arm="MLP, head at 0.1",
+            learning_rate=rate,
+            seed=seed,
+            rows=ENCODER_TASKS["snips-slots"],
+            steps=200,
+            head_rate=0.1,
+        )
+        yield own, mlp
     named = {"flat": arms.prefix(), "MLP": mlp, "MLP, recommended rate": mlp}
     rates = {"flat": FLAT, "MLP": MLP, "MLP, recommended rate": RECOMMENDED_MLP}
     for task in ("snips-intents", "snips-slots"):

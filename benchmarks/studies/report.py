@@ -34,7 +34,7 @@ def table(study: str) -> str:
     for arm, rates in groups(results_of(study)).items():
         rate = best_rate(rates)
         entries = rates[rate]
-        tried = ", ".join(f"{one:g}" for one in rates)
+        tried = ", ".join(f"{one:g}" for one in sorted(rates))
         lines.append(
             f"| {arm} | {entries[0]['trained_numbers']:,} | {rate:g} ({tried}) | {shown(entries, 'score', 1)} "
             f"| {shown(entries, 'test_loss', 3)} | {shown(entries, 'other_loss', 3)} | {len(entries)} |"

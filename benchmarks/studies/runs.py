@@ -30,6 +30,7 @@ class Run:
         seed: Of the data's order, the head, the prefix and the dropout.
         rows: Training rows, the first ones after shuffling with the seed.
         steps: Updates; 0 scores the base.
+        head_rate: Peak of the head that trains with a prefix, if it has one of its own.
     """
 
     study: str
@@ -39,6 +40,7 @@ class Run:
     seed: int
     rows: int
     steps: int
+    head_rate: float | None = None
 
 
 def train(model: Any, task: Task, run: Run) -> float:
@@ -63,9 +65,20 @@ def train(model: Any, task: Task, run: Run) -> float:
             remove_unused_columns=False,
         )
         rows = [task.train[index] for index in order.tolist()]
-        trainer = Trainer(model=model, args=settings, train_dataset=rows, data_collator=task.collate)
+        own = (optimizer(model, run), None) if run.head_rate else (None, None)
+        trainer = Trainer(model=model, args=settings, train_dataset=rows, data_collator=task.collate, optimizers=own)
         trainer.train()
         return float([entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1])
+
+
+def optimizer(model: torch.nn.Module, run: Run) -> torch.optim.Optimizer:
+    """Trainer's AdamW, with a rate of its own for what trains beside the prefix."""
+    trained = [
+        (name.startswith("prefixkit."), value) for name, value in model.named_parameters() if value.requires_grad
+    ]
+    rates = {True: run.learning_rate, False: run.head_rate}
+    groups = [{"params": [value for of, value in trained if of is own], "lr": rate} for own, rate in rates.items()]
+    return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
 def knows_bfloat16() -> bool:
