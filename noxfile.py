@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -113,13 +114,9 @@ def llama_cpp(session: nox.Session) -> None:
 
     Where ``LLAMA_SERVER`` names a llama-server, that is tried too.
     """
-    overlay = Path(os.environ.get("LLAMA_CPP_OVERLAY", ".nox/llama-cpp"))
-    if not overlay.exists():
-        install = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(overlay))
-        session.run(*install, "gguf==0.19.0", "llama-cpp-python==0.3.36", "diskcache")  # the rest is there
-    path = os.pathsep.join(filter(None, [str(overlay), os.environ.get("PYTHONPATH")]))
+    there = laid_over(session, "llama-cpp", ["gguf==0.19.0", "llama-cpp-python==0.3.36", "diskcache"])
     tests = [f"tests/test_{name}.py" for name in ("llama_cpp", "llama_server", "serving_commands")]
-    session.run("pytest", *tests, *session.posargs, env={"PYTHONPATH": path})
+    session.run("pytest", *tests, *session.posargs, env=there)
 
 
 @nox.session
@@ -155,26 +152,18 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def onnx(session: nox.Session) -> None:
     """The graphs for onnxruntime, with the packages that they need laid over."""
-    overlay = Path(os.environ.get("ONNX_OVERLAY", ".nox/onnx"))
-    if not overlay.exists():
-        install = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(overlay))
-        packages = ("onnx==1.23.2", "onnxscript==0.7.2", "onnx-ir==1.1.0", "onnxruntime==1.32.0")
-        session.run(*install, *packages, "ml_dtypes==0.6.0", "protobuf==7.36.2", "flatbuffers==25.12.19")
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(overlay)]))
+    packages = ["onnx==1.23.2", "onnxscript==0.7.2", "onnx-ir==1.1.0", "onnxruntime==1.32.0"]
+    there = laid_over(session, "onnx", [*packages, "ml_dtypes==0.6.0", "protobuf==7.36.2", "flatbuffers==25.12.19"])
     tests = ("tests/test_onnx.py", "tests/test_serving_commands.py")
-    session.run("pytest", "-m", "not gpu", *tests, *session.posargs, env={"PYTHONPATH": path})
+    session.run("pytest", "-m", "not gpu", *tests, *session.posargs, env=there)
 
 
 @nox.session
 def quantised(session: nox.Session) -> None:
     """Prefixes on quantised bases, with the packages that quantise laid over."""
-    overlay = Path(os.environ.get("QUANTISED_OVERLAY", ".nox/quantised"))
-    if not overlay.exists():
-        install = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(overlay))
-        packages = ("bitsandbytes==0.50.2", "torchao==0.18.0", "optimum-quanto==0.2.7", "gguf==0.19.0")
-        session.run(*install, *packages)
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(overlay)]))
-    session.run("pytest", "-m", "not gpu", "tests/test_quantised.py", *session.posargs, env={"PYTHONPATH": path})
+    packages = ["bitsandbytes==0.50.2", "torchao==0.18.0", "optimum-quanto==0.2.7", "gguf==0.19.0"]
+    there = laid_over(session, "quantised", packages)
+    session.run("pytest", "-m", "not gpu", "tests/test_quantised.py", *session.posargs, env=there)
 
 
 @nox.session
@@ -186,14 +175,10 @@ def pt2(session: nox.Session) -> None:
 @nox.session
 def zero(session: nox.Session) -> None:
     """Prefixes under DeepSpeed's ZeRO-3, with DeepSpeed laid over; nothing of it is compiled."""
-    overlay = Path(os.environ.get("ZERO_OVERLAY", ".nox/zero"))
-    if not overlay.exists():
-        install = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(overlay))
-        session.run(*install, "hjson", "msgpack", "ninja", "einops", "py-cpuinfo")
-        # It looks at the torch that is here while it is built.
-        session.run(*install, "--no-build-isolation", "deepspeed==0.19.8", env={"DS_BUILD_OPS": "0"})
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(overlay)]))
-    session.run("pytest", "-m", "not gpu", "tests/test_zero.py", *session.posargs, env={"PYTHONPATH": path})
+    # It looks at the torch that is here while it is built.
+    packages = ["hjson", "msgpack", "ninja", "einops", "py-cpuinfo", "--no-build-isolation", "deepspeed==0.19.8"]
+    there = laid_over(session, "zero", packages, DS_BUILD_OPS="0")
+    session.run("pytest", "-m", "not gpu", "tests/test_zero.py", *session.posargs, env=there)
 
 
 @nox.session
@@ -239,6 +224,18 @@ def template(session: nox.Session) -> None:
             session.run(*tests, env={"PYTHONPATH": str(target)})
 
 
-def install_alone(session: nox.Session, target: Path, *what: str) -> None:
+def install_alone(session: nox.Session, target: Path, *what: str, **building: str) -> None:
     """Install into a folder of its own, and nothing that it depends on: that is in the environment."""
-    session.run(*(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)), *what)
+    install = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target))
+    session.run(*install, *what, env=building)
+
+
+def laid_over(session: nox.Session, name: str, packages: Sequence[str], **building: str) -> dict[str, str]:
+    """Packages beside the environment, and nothing that they depend on: what a run needs to see them.
+
+    They are in ``.nox/NAME``, or where ``NAME_OVERLAY`` says.
+    """
+    overlay = Path(os.environ.get(f"{name.upper().replace('-', '_')}_OVERLAY", f".nox/{name}"))
+    if not overlay.exists():
+        install_alone(session, overlay, *packages, **building)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(overlay)]))}

@@ -292,7 +292,7 @@ def make_attention(name: str, original: internals.AttentionFunction) -> internal
             kwargs["is_causal"] = False  # the mask says it; torch's own would stand at the upper left
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = _wider_bias(kwargs["position_bias"], site, state, query.shape[0])
-        key, value = put_before(module, site, state, key, value, query)
+        key, value = put_before(piece_of(module, site, state, key, value, query), key, value)
         return original(module, query, key, value, attention_mask, **kwargs)
 
     return prefix_attention

@@ -386,7 +386,7 @@ def in_front(
             mask = hide_columns(mask, seen)
     elif mask is not None:
         mask = state.widened(mask, site, key.shape[0])
-    key, value = put_before(module, site, state, key, value)
+    key, value = put_before(piece_of(module, site, state, key, value), key, value)
     return key, value, mask
 
 
@@ -399,23 +399,15 @@ def keys_in_front(module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> 
     if state.read is not None:
         state.note(module, site, key, value)
         return key, value
-    return put_before(module, site, state, key, value)
+    return put_before(piece_of(module, site, state, key, value), key, value)
 
 
-def put_before(  # noqa: PLR0917 - as the attention function is given them
-    module: nn.Module,
-    site: Site,
-    state: PrefixState,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    query: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``key`` and ``value`` with the site's prefix in front."""
-    piece = piece_of(module, site, state, key, value, query)
+def put_before(piece: KeyValue, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``key`` and ``value`` with what :func:`piece_of` gives in front."""
     return put_in_front(piece.key, key), put_in_front(piece.value, value)
 
 
-def piece_of(  # noqa: PLR0917 - the same
+def piece_of(  # noqa: PLR0917 - as the attention function is given them
     module: nn.Module,
     site: Site,
     state: PrefixState,

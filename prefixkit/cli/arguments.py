@@ -138,8 +138,7 @@ def _export(commands: Commands) -> None:
         choices=tuple(TARGETS),
         required=True,
         help="kv: a plain file of keys and values; llama.cpp: states that a slot restores; vllm: for the "
-        "connector of prefixkit-vllm; onnx: a graph for "
-        "onnxruntime; pt2: a program of torch.export",
+        "connector of prefixkit-vllm; onnx: a graph for onnxruntime; pt2: a program of torch.export",
     )
     _add_base(made)
     _add_task(made)

@@ -7,23 +7,18 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefixkit.checkpoint import load
-from prefixkit.cli.bases import having
 from prefixkit.cli.output import check_file, is_stream, refuse_source
-from prefixkit.cli.saved import base_of, head_hint, saved_prefix
+from prefixkit.cli.saved import saved_prefix
+from prefixkit.cli.with_prefix import to_generate
 from prefixkit.cli.wrong import CommandError
-from prefixkit.text_to_text import Example, bleu, generate, group, load_base, read, scorer, texts
+from prefixkit.text_to_text import Example, bleu, generate, group, read, scorer, texts
 
 
 def run(options: argparse.Namespace) -> None:
     """Generate, and print or write it."""
     examples = _examples(options)
     _check_output(options)
-    prefix = saved_prefix(options.prefix, options.revision)
-    base = base_of(prefix, options.base)
-    model, tokenizer = having(base, lambda: load_base(base))
-    with head_hint("generate serves language models, and this prefix was trained for another task"):
-        load(model, prefix)
+    model, tokenizer = to_generate(saved_prefix(options.prefix, options.revision), options)
     sources = [example.source for example in examples]
     sentences = generate(
         model,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from prefixkit.checkpoint import load
-from prefixkit.cli.bases import having
 from prefixkit.cli.export import chosen
 from prefixkit.cli.saved import base_of, saved_prefix
+from prefixkit.cli.with_prefix import to_generate
 from prefixkit.serving.targets import TARGETS, written_for
-from prefixkit.text_to_text import load_base, prompt_of
+from prefixkit.text_to_text import prompt_of
 
 
 def run(options: argparse.Namespace) -> None:
@@ -20,13 +19,10 @@ def run(options: argparse.Namespace) -> None:
     serving = target.serving()
     ways = serving.runs(options.target, **settings)
     source = saved_prefix(options.source, options.revision)
-    base = base_of(source, options.base)
-    model, tokenizer = having(base, lambda: load_base(base))
-    load(model, source)
-    model.eval()
+    model, tokenizer = to_generate(source, options)
     settings |= settings.pop("engine", {})
     if "base" in target.of_the_base:
-        settings["base"] = base
+        settings["base"] = base_of(source, options.base)
     for text in options.texts:
         prompt = prompt_of(text, tokenizer)
         for way in ways:

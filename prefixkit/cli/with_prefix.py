@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from prefixkit.checkpoint import load
-from prefixkit.cli.bases import base_config, with_weights, without_weights
+from prefixkit.cli.bases import base_config, having, with_weights, without_weights
 from prefixkit.cli.saved import base_of, head_hint, task_of
 from prefixkit.lifecycle import config
 from prefixkit.method import EMBEDDINGS
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import argparse
     from pathlib import Path
 
-    from transformers import PreTrainedModel
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HINT = "pass the --task that the prefix was trained for, and with a classifier its --num-labels"
 
@@ -34,6 +35,22 @@ def with_base_weights(source: Path, options: argparse.Namespace, needed: Collect
     settings = base_config(base, num_labels=options.num_labels)
     with head_hint(HINT):
         return load(with_weights(base, settings, task, needed=needed), source)
+
+
+def to_generate(source: Path, options: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The prefix on the base itself as a language model, and its tokenizer.
+
+    Raises:
+        CommandError: If the base cannot be had, or the prefix was trained with a head of another task.
+    """
+    from prefixkit.text_to_text import load_base  # brings Trainer, which the other commands do without
+
+    base = base_of(source, options.base)
+    model, tokenizer = having(base, lambda: load_base(base))
+    with head_hint(f"{options.command} serves language models, and this prefix was trained for another task"):
+        module: nn.Module = load(model, source)
+    module.eval()
+    return model, tokenizer
 
 
 def reads_with_the_base(model: PreTrainedModel) -> bool:

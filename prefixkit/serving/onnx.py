@@ -65,7 +65,7 @@ def write(model: PreTrainedModel, folder: Path, *, baked: bool = False) -> None:
     programs = {BARE: _graph(model, Step(model, []), pairs)}
     if baked:
         programs[BAKED] = _graph(model, Step(model, pairs), pairs)
-    write_prefix(model, folder)  # now that nothing else can fail
+    write_prefix(model, folder, pairs)  # now that nothing else can fail
     for file, program in programs.items():
         program.save(folder / file)
 

@@ -71,16 +71,14 @@ def prefix_of(model: PreTrainedModel) -> Pairs:
     return [(key, value) for key, value in pairs]
 
 
-def write_prefix(model: PreTrainedModel, folder: Path) -> Pairs:
-    """Write the prefix of a decoder-only ``model`` into ``folder``, in the model's dtype.
+def write_prefix(model: PreTrainedModel, folder: Path, pairs: Pairs) -> None:
+    """Write the prefix of ``model`` into ``folder``, in the dtype of ``pairs``, which :func:`prefix_of` gave.
 
     Raises:
-        CheckpointError: If that would replace a checkpoint; and as :func:`prefix_of`.
+        CheckpointError: If that would replace a checkpoint.
     """
-    pairs = prefix_of(model)
     folder.mkdir(parents=True, exist_ok=True)
     export(model, folder / PREFIX, positions="shift", dtype=pairs[0][0].dtype)
-    return pairs
 
 
 def read_prefix(file: Path) -> Pairs:

@@ -58,13 +58,14 @@ def write(model: PreTrainedModel, folder: Path, *, max_cache_len: int = 512) -> 
             f"{tokens + 1} or more"
         )
     folder = Path(folder)
-    step = Step(model, prefix_of(model), max_cache_len)
+    pairs = prefix_of(model)
+    step = Step(model, pairs, max_cache_len)
     ids = torch.ones(1, LENGTH, dtype=torch.long, device=model.device)
     # Nothing of a call may stay in the model, or in the buffers, that the graph starts with.
     with disabled(model), as_it_was(step), internals.uncompiled_attention(model), torch.no_grad():
         sizes = ({1: torch.export.Dim.DYNAMIC},)
         program = torch.export.export(step, (ids,), dynamic_shapes=sizes, strict=False)
-    write_prefix(model, folder)  # now that nothing else can fail
+    write_prefix(model, folder, pairs)  # now that nothing else can fail
     torch.export.save(program, folder / GRAPH)
 
 

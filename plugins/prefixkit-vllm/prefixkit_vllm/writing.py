@@ -11,7 +11,7 @@ from prefixkit.checkpoint_files import replace_file
 from prefixkit.errors import CheckpointError, ConfigError
 from prefixkit.prefixes import require
 from prefixkit.serving.placeholders import check_decoder_only, check_number, drawn
-from prefixkit.serving.prefix_file import write_prefix
+from prefixkit.serving.prefix_file import prefix_of, write_prefix
 from prefixkit.serving.verdict import ends_of
 from prefixkit_vllm.folder import DESCRIPTION, PREFIX, Description
 
@@ -60,7 +60,8 @@ def write(
         check_number(placeholders, attachment.config.num_virtual_tokens)
         _check_vocabulary(placeholders, config.vocab_size)
     words = [] if placeholders is not None else _words(model, tokenizer)
-    pieces = write_prefix(model, folder)
+    pieces = prefix_of(model)
+    write_prefix(model, folder, pieces)
     if not attachment.writes(model):
         return
     description = Description(

@@ -189,7 +189,7 @@ def verify(
         assert gguf is not None
         theirs = answers(folder, prompt, new_tokens, gguf=gguf, dtype=dtype, flash=flash, threads=threads)
         program = f"{name} ({Layout(dtype, flash).file})"
-    common = min(_tokens_in(answer) for answer in (*ours, *theirs))  # converters leave out ids that no token has
+    common = min(len(answer.logits) for answer in (*ours, *theirs))  # converters leave out ids that no token has
     with_prefix, without = ((_first(answer, common) for answer in pair) for pair in zip(ours, theirs, strict=True))
     ours_there, theirs_there = zip(with_prefix, without, strict=True)
     return judge(program, ours_there, theirs_there)
@@ -217,11 +217,6 @@ def _with_probabilities(answers: tuple[Answer, Answer]) -> tuple[Answer, Answer]
     """Log-probabilities in place of logits: what a server tells."""
     first, second = (replace(answer, logits=answer.logits.log_softmax(-1)) for answer in answers)
     return first, second
-
-
-def _tokens_in(answer: Answer) -> int:
-    """How many ids have a number; a server does not tell those that its model lacks."""
-    return int(answer.logits.isfinite().nonzero().max()) + 1
 
 
 def _first(answer: Answer, count: int) -> Answer:

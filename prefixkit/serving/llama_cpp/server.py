@@ -101,9 +101,10 @@ class LlamaServer:
         steps = said.get("completion_probabilities") or []
         if len(steps) != new_tokens:
             raise EngineError(f"{new_tokens} tokens were asked for, and llama-server gave {len(steps)}")
-        logits = torch.full((vocabulary,), -torch.inf)
-        for one in steps[0]["top_logprobs"]:
-            logits[one["id"]] = one["logprob"]
+        told = {one["id"]: one["logprob"] for one in steps[0]["top_logprobs"]}
+        logits = torch.full((max(told) + 1,), -torch.inf)  # a converter may leave out the last ids, which are no tokens
+        for token, chance in told.items():
+            logits[token] = chance
         return Answer(logits, tuple(step["id"] for step in steps))
 
 
