@@ -8,7 +8,7 @@ import socket
 import subprocess
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -22,6 +22,7 @@ from prefixkit.errors import ConfigError, EngineError, VerificationError
 from prefixkit.serving import llama_cpp as target
 from prefixkit.serving.llama_cpp import server as over_http
 from prefixkit.serving.llama_cpp.running import DESCRIPTION
+from prefixkit.serving.verdict import answers_of
 from prefixkit.testing.subject import strengthen
 
 TOKENS, PROMPT, NEW = 5, [11, 12, 13, 14, 15, 16], 8
@@ -120,6 +121,34 @@ def test_a_slot_that_lost_the_prefix(folder):
     lost = pytest.raises(VerificationError, match="is not read as it should be")
     with serving(Played(model, keeps=False)) as address, lost:
         target.verify(model, folder, PROMPT, NEW, server=address)
+
+
+@pytest.mark.parametrize("untold", [(), (tiny.VOCAB - 1,), (3,)], ids=["all", "the last", "one in the middle"])
+def test_ids_that_the_server_does_not_tell(untold, folder):
+    """A converter leaves out ids at the end, which are no tokens; any other is a difference."""
+    model = with_prefix()
+    played = Played(model)
+    complete = played.complete
+
+    def less(**asked):
+        code, said = complete(**asked)
+        for step in said["completion_probabilities"]:
+            step["top_logprobs"] = [one for one in step["top_logprobs"] if one["id"] not in untold]
+        return code, said
+
+    played.complete = less
+    wrong = pytest.raises(VerificationError) if untold == (3,) else nullcontext()
+    with serving(played) as address, wrong:
+        assert target.verify(model, folder, PROMPT, NEW, server=address).equal == NEW
+
+
+def test_an_answer_that_ends_in_no_number_is_not_cut(folder, monkeypatch):
+    model = with_prefix()
+    with_it, without = answers_of(model, PROMPT, NEW)
+    with_it.logits[-3:] = torch.nan
+    monkeypatch.setattr(target, "answers", lambda *_, **__: (with_it, without))
+    with pytest.raises(VerificationError):
+        target.verify(model, folder, PROMPT, NEW, gguf="any")
 
 
 def test_errors(folder):
