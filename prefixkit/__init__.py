@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     )
     from prefixkit.learning_rate import (
         check_lr as check_lr,
+        parameter_groups as parameter_groups,
         recommended_lr as recommended_lr,
     )
     from prefixkit.lifecycle import (
@@ -111,6 +112,7 @@ _HOME = {
     "TextInit": "initialisation",
     "recommended_lr": "learning_rate",
     "check_lr": "learning_rate",
+    "parameter_groups": "learning_rate",
     "ChunksInit": "initialisation",
     "hookimpl": "hookspecs",
     "Adapter": "adapter",

@@ -63,6 +63,15 @@ def test_both_train_and_nothing_else(make):
     assert {name for name, value in model.named_parameters() if not torch.equal(value, before[name])} == names
 
 
+def test_each_has_a_learning_rate_of_its_own():
+    model = lora_first()
+    prefix, lora = prefixkit.parameter_groups(model, other_lr=1e-4)
+    assert (prefix["lr"], lora["lr"]) == (0.1, 1e-4)
+    names = {id(value): name for name, value in model.named_parameters()}
+    assert {names[id(value)] for value in lora["params"]} == {name for name in trained(model) if "lora_" in name}
+    assert len(prefix["params"]) == 1
+
+
 def logits(model):
     with torch.no_grad():
         return model.eval()(tiny.tokens(2, 6)).logits

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments, set_seed
 
+import prefixkit
 from benchmarks.studies.arms import Arm, budget
 from benchmarks.studies.findings import RESULTS, Entry, results_of
 from benchmarks.studies.tasks import TASKS, Row, Task
@@ -65,20 +66,13 @@ def train(model: Any, task: Task, run: Run) -> float:
             remove_unused_columns=False,
         )
         rows = [task.train[index] for index in order.tolist()]
-        own = (optimizer(model, run), None) if run.head_rate else (None, None)
+        own = (None, None)
+        if run.head_rate:
+            groups = prefixkit.parameter_groups(model, lr=run.learning_rate, head_lr=run.head_rate)
+            own = (torch.optim.AdamW(groups, weight_decay=0.0), None)
         trainer = Trainer(model=model, args=settings, train_dataset=rows, data_collator=task.collate, optimizers=own)
         trainer.train()
         return float([entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1])
-
-
-def optimizer(model: torch.nn.Module, run: Run) -> torch.optim.Optimizer:
-    """Trainer's AdamW, with a rate of its own for what trains beside the prefix."""
-    trained = [
-        (name.startswith("prefixkit."), value) for name, value in model.named_parameters() if value.requires_grad
-    ]
-    rates = {True: run.learning_rate, False: run.head_rate}
-    groups = [{"params": [value for of, value in trained if of is own], "lr": rate} for own, rate in rates.items()]
-    return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
 def knows_bfloat16() -> bool:
