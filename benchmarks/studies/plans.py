@@ -77,10 +77,11 @@ def init_e2e(seeds: Sequence[int]) -> Planned:
 
 
 def init_few(seeds: Sequence[int]) -> Planned:
-    """What a flat prefix starts with when there are few rows, on E2E."""
+    """What a flat prefix starts with when there are few rows, on E2E; and full fine-tuning beside it."""
     named = {init: arms.prefix(init=init) for init in arms.INITS} | {"a solved table": arms.from_a_solved_table}
+    rates = dict.fromkeys(named, RECOMMENDED) | {"full fine-tuning": (0.0005, 0.001, 0.002)}
     for rows in (50, 100, 500):
-        yield from sweep("init-few", "e2e", named, RECOMMENDED, seeds, rows=rows, steps=100)
+        yield from sweep("init-few", "e2e", named | {"full fine-tuning": arms.full}, rates, seeds, rows=rows, steps=100)
 
 
 def arms_e2e(seeds: Sequence[int]) -> Planned:
@@ -110,9 +111,13 @@ def arms_e2e(seeds: Sequence[int]) -> Planned:
 
 
 def length_e2e(seeds: Sequence[int]) -> Planned:
-    """How long the prefix is, on E2E; a long one pushes the text out of the 128 positions of the base's pretraining."""
+    """How long the prefix is, on E2E; a long one pushes the text out of the 128 positions of the base's pretraining.
+
+    With the text at position 0 there are still more keys than it has seen there; a gated prefix is not among them.
+    """
     named = {f"{tokens}": arms.prefix(tokens=tokens) for tokens in (1, 5, 10, 20, 50, 100)}
     named |= {f"{tokens}, text at 0": arms.prefix(tokens=tokens, positions="none") for tokens in (20, 50, 100)}
+    named |= {f"{tokens}, gate": arms.prefix(tokens=tokens, positions="none", gate=True) for tokens in (20, 100)}
     return sweep("length-e2e", "e2e", named, AROUND, seeds, rows=8000, steps=200)
 
 
