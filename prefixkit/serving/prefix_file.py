@@ -82,7 +82,10 @@ def write_prefix(model: PreTrainedModel, folder: Path, pairs: Pairs) -> None:
 
 
 def read_prefix(file: Path) -> Pairs:
-    """What :func:`write_prefix` wrote, from the file alone.
+    """Keys and values by the layer, each ``(1, kv_heads, tokens, dim)``, from a file of a decoder-only model.
+
+    Args:
+        file: What :func:`prefixkit.export` wrote, alone or in a program's folder.
 
     Raises:
         CheckpointError: If the file is damaged, or no export of a decoder-only model.
