@@ -18,11 +18,11 @@ FLAT = (0.01, 0.03, 0.1, 0.3)
 MLP = (0.0003, 0.0005, 0.001, 0.003)
 """Learning rates of an MLP that makes the prefix."""
 
-RECOMMENDED, RECOMMENDED_MLP = (0.1,), (0.0005,)
-"""What :func:`prefixkit.recommended_lr` says of a flat prefix, for studies that vary something else; and of an MLP."""
+RECOMMENDED_MLP = (0.0005,)
+"""What :func:`prefixkit.recommended_lr` says of an MLP."""
 
 AROUND = (0.03, 0.1)
-"""The same, and one below, where longer or deeper prefixes may want less."""
+"""What it says of a flat prefix, and one below: for studies that vary something else."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def init_e2e(seeds: Sequence[int]) -> Planned:
 def init_few(seeds: Sequence[int]) -> Planned:
     """What a flat prefix starts with when there are few rows, on E2E; and full fine-tuning beside it."""
     named = {init: arms.prefix(init=init) for init in arms.INITS} | {"a solved table": arms.from_a_solved_table}
-    rates = dict.fromkeys(named, RECOMMENDED) | {"full fine-tuning": (0.0005, 0.001, 0.002)}
+    rates = dict.fromkeys(named, (0.01, *AROUND)) | {"full fine-tuning": (0.0005, 0.001, 0.002)}
     for rows in (50, 100, 500):
         yield from sweep("init-few", "e2e", named | {"full fine-tuning": arms.full}, rates, seeds, rows=rows, steps=100)
 
