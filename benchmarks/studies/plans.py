@@ -79,9 +79,11 @@ def init_e2e(seeds: Sequence[int]) -> Planned:
 def init_few(seeds: Sequence[int]) -> Planned:
     """What a flat prefix starts with when there are few rows, on E2E; and full fine-tuning beside it."""
     named = {init: arms.prefix(init=init) for init in arms.INITS} | {"a solved table": arms.from_a_solved_table}
-    rates = dict.fromkeys(named, (0.01, *AROUND)) | {"full fine-tuning": (0.0005, 0.001, 0.002)}
+    everything = named | {"full fine-tuning": arms.full}
     for rows in (50, 100, 500):
-        yield from sweep("init-few", "e2e", named | {"full fine-tuning": arms.full}, rates, seeds, rows=rows, steps=100)
+        rates = dict.fromkeys(named, (0.01, *AROUND) if rows == 50 else AROUND)
+        rates["full fine-tuning"] = (0.0002, 0.0005, 0.001)
+        yield from sweep("init-few", "e2e", everything, rates, seeds, rows=rows, steps=100)
 
 
 def arms_e2e(seeds: Sequence[int]) -> Planned:
@@ -166,7 +168,7 @@ def mlp_encoder(seeds: Sequence[int]) -> Planned:
 
 def length_encoder(seeds: Sequence[int]) -> Planned:
     """How long the prefix is, on the small BERT."""
-    named = {f"{tokens}": arms.prefix(tokens=tokens) for tokens in (1, 5, 20, 100)}
+    named = {f"{tokens}": arms.prefix(tokens=tokens) for tokens in (1, 20, 100)}
     for task, rows in ENCODER_TASKS.items():
         yield from sweep("length-encoder", task, named, AROUND, seeds, rows=rows, steps=200)
 
