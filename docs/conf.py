@@ -25,7 +25,7 @@ nitpick_ignore_regex = [
     # The documentation builds offline, so what other projects document has no target here.
     (r"py:class", r"(torch|transformers|collections\.abc|os|pathlib)\..+"),
     # The same, spelt as in annotations that are not evaluated (imports under TYPE_CHECKING).
-    (r"py:class", r"PreTrainedModel|PreTrainedTokenizerBase|Cache|Llama|Path|nn\.Module"),
+    (r"py:class", r"PreTrainedModel|PreTrainedTokenizerBase|Cache|Llama|Path|np\.ndarray|nn\.Module"),
     # Another name of a list of pairs; docstrings say of what.
     (r"py:class", r"Pairs"),
     # Type variables: "the class of the model you passed in", "the test you passed in". They are no documented objects.

@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     )
     from prefixkit.learning_rate import (
         check_lr as check_lr,
-        parameter_groups as parameter_groups,
         recommended_lr as recommended_lr,
     )
     from prefixkit.lifecycle import (
@@ -79,6 +78,7 @@ if TYPE_CHECKING:
         PrefixShape as PrefixShape,
     )
     from prefixkit.native_cache import to_cache as to_cache
+    from prefixkit.parameter_groups import parameter_groups as parameter_groups
     from prefixkit.prefix_config import PrefixConfig as PrefixConfig
     from prefixkit.prefix_state import in_front as in_front
     from prefixkit.publishing import push_to_hub as push_to_hub
@@ -112,7 +112,7 @@ _HOME = {
     "TextInit": "initialisation",
     "recommended_lr": "learning_rate",
     "check_lr": "learning_rate",
-    "parameter_groups": "learning_rate",
+    "parameter_groups": "parameter_groups",
     "ChunksInit": "initialisation",
     "hookimpl": "hookspecs",
     "Adapter": "adapter",

@@ -170,12 +170,17 @@ def require(model: nn.Module) -> Prefixes:
     Raises:
         AttachmentError: If it has none.
     """
-    prefixes = find(model)
+    prefixes = find(model) if isinstance(model, nn.Module) else None
     if prefixes is None:
-        raise AttachmentError(
-            f"this {type(model).__name__} has no prefix; call prefixkit.apply or prefixkit.load first"
-        )
+        raise AttachmentError(f"this {type(model).__name__} has no prefix; {_where_one_is(model)}")
     return prefixes
+
+
+def _where_one_is(model: object) -> str:
+    """What to do about a model without a prefix: PEFT, DDP or torch.compile may have wrapped one that has it."""
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    inside = next((f"{name!r}, a {type(module).__name__}" for name, module in modules if find(module)), None)
+    return f"pass the model inside, {inside}" if inside else "call prefixkit.apply or prefixkit.load first"
 
 
 def _check_joins(old: Attachment, new: Attachment) -> None:

@@ -9,7 +9,8 @@ import tiny
 import torch
 
 import prefixkit
-from prefixkit.serving.verdict import Answer, answers_of, judge
+from prefixkit.errors import ConfigError
+from prefixkit.serving.verdict import Answer, answers_of, greedy, judge
 
 PROMPT = (11, 12, 13, 14)
 NEW = 6
@@ -122,3 +123,9 @@ def test_a_text_that_parts_is_an_error_unless_two_tokens_are_as_good(ours):
     assert judge("a program", close, theirs).equal == 3
     with pytest.raises(prefixkit.VerificationError, match="new token 2 is another one"):
         judge("a short one", ours, (replace(ours[0], tokens=ours[0].tokens[:2]), ours[1]))
+
+
+@pytest.mark.parametrize(("prompt", "new_tokens"), [([], 4), ([5, 6], 0)])
+def test_nothing_read_or_nothing_said(prompt, new_tokens):
+    with pytest.raises(ConfigError, match=f"^a prompt of {len(prompt)} tokens and {new_tokens} new ones; both have to"):
+        greedy(lambda _: torch.zeros(5), prompt, new_tokens)

@@ -46,9 +46,23 @@ def points(study: str) -> dict[str, tuple[list[Any], list[float], list[float]]]:
     """For each line of the plot its x, and mean and spread of the scores; at the best rates, unless x is the rate."""
     found, x = {}, STUDIES[study].x
     entries = results_of(study) if x == "learning_rate" else at_best_rate(results_of(study))
-    for line, by_x in groups(entries, x).items():
-        pairs = [mean_and_spread(entries) for entries in by_x.values()]
-        found[line] = (list(by_x), [mean for mean, _ in pairs], [spread for _, spread in pairs])
+    for variant, own in variants(entries, x).items():
+        for line, by_x in groups(own, x).items():
+            places = list(by_x) if x == "arm" else sorted(by_x)
+            pairs = [mean_and_spread(by_x[place]) for place in places]
+            name = ", ".join(filter(None, (line, variant)))
+            found[name] = (places, [mean for mean, _ in pairs], [spread for _, spread in pairs])
+    return found
+
+
+def variants(entries: list[Entry], x: str) -> dict[str, list[Entry]]:
+    """Where the arm is the axis, it stands there by its name before the comma; each variant behind it is a line."""
+    if x != "arm":
+        return {"": entries}
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        place, _, variant = entry["arm"].partition(", ")
+        found.setdefault(variant, []).append({**entry, "arm": place})
     return found
 
 

@@ -52,10 +52,21 @@ def answers(model: PreTrainedModel, file: Path, prompt: Sequence[int], new_token
 
 
 def verify(model: PreTrainedModel, file: Path, prompt: Sequence[int], new_tokens: int = 16) -> Verdict:
-    """Whether the bare model says behind the file what ``model`` says with its prefix.
+    """Whether the bare model behind the file says what ``model`` says, with its prefix and without.
+
+    Args:
+        model: A decoder-only model with the same prefix on it.
+        file: What :func:`prefixkit.export` wrote.
+        prompt: Token ids of the model.
+        new_tokens: How many to generate, each the likeliest that ends no text.
+
+    Returns:
+        How far the program is from the model.
 
     Raises:
+        ConfigError: If the prompt is empty.
         EngineError: If the bare model cannot be given this prefix, such as one that is pinned in sliding windows.
+        UnsupportedModelError: If the model is no decoder-only one that writes text.
         VerificationError: If it does not.
     """
     attachment = require(model).attachment

@@ -95,7 +95,19 @@ def verify(
 ) -> Verdict:
     """Whether onnxruntime says what ``model`` says, with its prefix and without.
 
+    Args:
+        model: A decoder-only model with the same prefix on it.
+        folder: What :func:`write` wrote.
+        prompt: Token ids of the model.
+        new_tokens: How many to generate, each the likeliest that ends no text.
+        baked: Run the graph with the prefix in it, and not the one that is fed with it.
+
+    Returns:
+        How far the program is from the model.
+
     Raises:
+        ConfigError: If the prompt is empty.
+        UnsupportedModelError: If the model is no decoder-only one that writes text.
         VerificationError: If it does not.
     """
     ours = answers_of(model, prompt, new_tokens)

@@ -190,7 +190,18 @@ def answers(
 def verify(model: PreTrainedModel, folder: Path, prompt: Sequence[int], new_tokens: int = 16) -> Verdict:
     """Whether the graph says what ``model`` says, with its prefix and without.
 
+    Args:
+        model: A decoder-only model with the same prefix on it.
+        folder: What :func:`write` wrote.
+        prompt: Token ids of the model.
+        new_tokens: How many to generate, each the likeliest that ends no text.
+
+    Returns:
+        How far the program is from the model.
+
     Raises:
+        ConfigError: If the prompt is empty. Or if the text does not fit into the graph's cache.
+        UnsupportedModelError: If the model is no decoder-only one that writes text.
         VerificationError: If it does not.
     """
     ours = answers_of(model, prompt, new_tokens)

@@ -107,7 +107,12 @@ def greedy(
         prompt: Token ids.
         new_tokens: How many are asked for, 1 or more.
         never: Tokens that are not chosen, such as the one that ends a text.
+
+    Raises:
+        ConfigError: If the prompt is empty, or no tokens are asked for.
     """
+    if not prompt or new_tokens < 1:
+        raise ConfigError(f"a prompt of {len(prompt)} tokens and {new_tokens} new ones; both have to be 1 or more")
     unread, tokens, logits = list(prompt), [], []
     for _ in range(new_tokens):
         logits.append(step(unread).float())

@@ -74,9 +74,22 @@ def verify(
 ) -> Verdict:
     """Whether vLLM says what ``model`` says, with its prefix and without.
 
-    The arguments are those of :func:`answers`, and the model with the same prefix on it, whose dtype vLLM gets too.
+    Args:
+        model: A decoder-only model with the same prefix on it; vLLM gets its dtype.
+        folder: What :func:`prefixkit_vllm.write` wrote.
+        prompt: Token ids of the model, without placeholders.
+        new_tokens: How many to generate, each the likeliest that ends no text.
+        base: Folder or name of the base, which vLLM loads.
+        python: Of the environment that has vLLM and prefixkit-vllm.
+        engine: Options of ``vllm.LLM``.
+
+    Returns:
+        How far vLLM is from the model.
 
     Raises:
+        ConfigError: If the prompt is empty.
+        EngineError: If vLLM does not start, or refuses.
+        UnsupportedModelError: If the model is no decoder-only one that writes text.
         VerificationError: If it does not.
     """
     engine = {"dtype": str(model.dtype).removeprefix("torch."), **engine}
