@@ -24,7 +24,11 @@ def results_of(study: str) -> list[Entry]:
 def groups(entries: Iterable[Entry], x: str = "learning_rate") -> dict[str, dict[Any, list[Entry]]]:
     """Results by line of the plot, and by value of ``x``; a line is named after the settings that differ."""
     entries = list(entries)
-    differ = [name for name in GROUPING if name != x and len({entry[name] for entry in entries}) > 1]
+    tasks = len({entry["task"] for entry in entries})
+    differ = ["task"] if tasks > 1 else []  # what goes with the task, such as its rows, needs no name beside it
+    differ += [
+        one for one in GROUPING[1:] if one != x and len({(entry["task"], entry[one]) for entry in entries}) > tasks
+    ]
     found: dict[str, dict[Any, list[Entry]]] = {}
     for entry in entries:
         line = ", ".join(f"{entry[name]}" + " rows" * (name == "rows") for name in differ or GROUPING[:1])
