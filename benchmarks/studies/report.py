@@ -48,11 +48,15 @@ def points(study: str) -> dict[str, tuple[list[Any], list[float], list[float]]]:
     entries = results_of(study) if x == "learning_rate" else at_best_rate(results_of(study))
     for variant, own in variants(entries, x).items():
         for line, by_x in groups(own, x).items():
-            places = list(by_x) if x == "arm" else sorted(by_x)
+            places = sorted(by_x, key=lambda place: (float(place), "") if _is_number(place) else (0.0, place))
             pairs = [mean_and_spread(by_x[place]) for place in places]
             name = ", ".join(filter(None, (line, variant)))
             found[name] = (places, [mean for mean, _ in pairs], [spread for _, spread in pairs])
     return found
+
+
+def _is_number(place: object) -> bool:
+    return not isinstance(place, str) or place.isdecimal()
 
 
 def variants(entries: list[Entry], x: str) -> dict[str, list[Entry]]:
