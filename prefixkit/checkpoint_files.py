@@ -20,7 +20,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from prefixkit.errors import CheckpointError, ConfigError
+from prefixkit.errors import CheckpointError, ConfigError, some
 from prefixkit.json_object import json_object
 from prefixkit.prefix_config import PrefixConfig
 
@@ -30,8 +30,6 @@ ADAPTER_FILE = "adapter_config.json"
 """By which a folder of PEFT or AdapterHub is known."""
 HEADER = "prefixkit"
 FORMAT = 1
-SHOWN = 3
-"""How many of many sub-folders a message names."""
 
 
 def write(directory: Path, config: PrefixConfig, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -186,8 +184,7 @@ def no_checkpoint(directory: Path) -> CheckpointError:
     if not directory.is_dir():
         return CheckpointError(f"{missing}: it is no folder")
     inside = _checkpoints_inside(directory)
-    shown = ", ".join(map(repr, inside[:SHOWN])) + (f" and {len(inside) - SHOWN} more" if len(inside) > SHOWN else "")
-    hint = f"; its sub-folders hold checkpoints ({shown}): pass the path of one" if inside else ""
+    hint = f"; its sub-folders hold checkpoints ({some(inside)}): pass the path of one" if inside else ""
     return CheckpointError(f"{missing}; nor anything of another library that prefixkit reads{hint}")
 
 

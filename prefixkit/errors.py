@@ -65,5 +65,12 @@ def closest(name: object, possible: Iterable[str]) -> str:
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
+def some(names: Iterable[str], shown: int = 3) -> str:
+    """The first few ``names`` for a message, and how many more there are: ``'x', 'y', 'z' and 4 more``."""
+    names = list(names)
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(map(repr, names[:shown])) + more
+
+
 class VerificationError(PrefixkitError):
     """A program that should serve a prefix does not say what the model with the prefix says."""

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from prefixkit.adapter import Adapter, Site
@@ -350,7 +349,7 @@ def sites(model: PreTrainedModel) -> list[Site]:
         UnknownAdapterError: If the model is bare and the plugin for its type failed to load.
         UnsupportedModelError: If it is no transformers model.
     """
-    prefixes = find(model) if isinstance(model, nn.Module) else None
+    prefixes = find(model)
     if prefixes is not None:
         return list(prefixes.attachment.layout.sites)
     adapter = installed().adapter_for(check_model(model))

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 from prefixkit.additions import GATE
 from prefixkit.attachment import MODULE
 from prefixkit.beside_peft import peft_parameters
-from prefixkit.errors import AttachmentError, ConfigError
+from prefixkit.errors import AttachmentError, ConfigError, some
 from prefixkit.head import choose_head
 from prefixkit.learning_rate import recommended_lr, warn_of
 from prefixkit.prefixes import require
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -25,8 +23,6 @@ if TYPE_CHECKING:
 
 NEW_RATE = 0.1
 """Of a new head and of a gate: what a linear probe was best at in the studies, and what they have at a flat prefix."""
-NAMED = 3
-"""So many parameters are named in an error; there may be hundreds."""
 SAVED_WHOLE = {"modules_to_save", "original_module"}
 """Parts of a module that PEFT trains and saves as it is, in names of parameters."""
 
@@ -36,8 +32,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """What trains, as groups for an optimizer of torch: prefix, head and anything else, each with its learning rate.
 
-    A new head wants a far higher rate than an MLP that makes the prefix: at the MLP's it hardly learns. So does a
-    gate, and so it has a group of its own, at 0.1.
+    A new head wants a far higher rate than an MLP that makes the prefix: at the MLP's it hardly learns. A gate has a
+    group of its own too, at the 0.1 that it has beside a flat prefix.
 
     Example::
 
@@ -87,7 +83,7 @@ def parameter_groups(
     rest = {name: value for name, value in trained.items() if id(value) not in taken}
     if rest and other_lr is None:
         raise ConfigError(
-            f"{_some(rest)}: set to train, and neither prefix nor head; give a learning rate, other_lr=, or freeze them"
+            f"{some(rest)}: set to train, and neither prefix nor head; give a learning rate, other_lr=, or freeze them"
         )
     return groups + _group("other", list(rest.values()), other_lr)
 
@@ -97,12 +93,14 @@ def _of_prefix(trained: dict[str, nn.Parameter], attachment: Attachment, lr: flo
     path = f"{MODULE}.{attachment.config.name}"
     own = {name: value for name, value in trained.items() if name.startswith(f"{path}.")}
     gate = own.pop(f"{path}.{GATE}", None)
-    rate = lr
-    if own and lr is None:
-        rate = recommended_lr(attachment.config)
-    elif own and lr is not None:
+    gates = _group(f"{path}.{GATE}", [] if gate is None else [gate], NEW_RATE)
+    if not own:
+        return gates
+    if lr is None:
+        lr = recommended_lr(attachment.config)
+    else:
         warn_of(attachment.config, lr, stacklevel=4)
-    return _group(path, list(own.values()), rate) + _group(f"{path}.{GATE}", [] if gate is None else [gate], NEW_RATE)
+    return _group(path, list(own.values()), lr) + gates
 
 
 def _group(name: str, params: list[nn.Parameter], rate: float | None) -> list[dict[str, Any]]:
@@ -125,7 +123,7 @@ def _head_rate(model: PreTrainedModel, prefixes: Prefixes, head_lr: float | None
     head = prefixes.attachment.config.head
     if head_lr is None and not set(head) <= set(choose_head(model, "auto", prefixes.stacks)):
         raise ConfigError(
-            f"{_some(head)}: a head of your own choice, which may not be new; give its learning rate, head_lr= "
+            f"{some(head)}: a head of your own choice, which may not be new; give its learning rate, head_lr= "
             f"({NEW_RATE} suits one that starts at random)"
         )
     return NEW_RATE if head_lr is None else head_lr
@@ -142,10 +140,3 @@ def _check_rate(argument: str, rate: object) -> None:
         return
     if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 <= float(rate) < math.inf:
         raise ConfigError(f"{argument} is {rate!r}; a learning rate is a finite number of 0 or more")
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first few of them."""
-    names = list(names)
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(map(repr, names[:NAMED])) + more

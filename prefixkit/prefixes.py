@@ -160,7 +160,7 @@ class Prefixes:
 
 def find(model: nn.Module) -> Prefixes | None:
     """The prefixes of ``model``, if it has any."""
-    prefixes: Prefixes | None = model.__dict__.get(KEY)
+    prefixes: Prefixes | None = getattr(model, "__dict__", {}).get(KEY)  # what is no module has none
     return prefixes
 
 
@@ -170,7 +170,7 @@ def require(model: nn.Module) -> Prefixes:
     Raises:
         AttachmentError: If it has none.
     """
-    prefixes = find(model) if isinstance(model, nn.Module) else None
+    prefixes = find(model)
     if prefixes is None:
         raise AttachmentError(f"this {type(model).__name__} has no prefix; {_where_one_is(model)}")
     return prefixes
